@@ -1,0 +1,16 @@
+//! XTS-AES-256 over whole requests, volume keys and key wrapping.
+//!
+//! The crate is pure: random bytes come in as arguments, keys go out wrapped only. Keys are zeroed on drop and
+//! never shown by `Debug`. XTS gives confidentiality, not integrity: whoever can write a home file can change
+//! what a host reads, block by block.
+//!
+//! Sources: IEEE 1619-2007 (XTS), RFC 3394 (key wrap).
+
+mod cipher;
+mod key;
+mod xts;
+mod zero;
+
+pub use cipher::VolumeCipher;
+pub use key::{DataKey, KeyEncryptionKey, KeyError, KeyFingerprint, WRAPPED_KEY_BYTES, WrappedKey};
+pub use zeroize::Zeroizing;

@@ -1,0 +1,274 @@
+//! What can be typed: commands, flags and their types.
+
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use block::{ByteCount, VolumeName};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use control::{Cache, HostPort, Iops, MirrorMode, MirrorState, Overload, Side, UnknownState, VolumeCreate};
+
+/// Where a daemon started with `--config` listens if its settings do not say otherwise.
+const SOCKET_DEFAULT: &str = "/run/farshore/control.sock";
+
+/// Volumes, mirrors and partners of a Farshore site.
+#[derive(Debug, Parser)]
+#[command(name = "farshore", version, arg_required_else_help = true)]
+pub(crate) struct Arguments {
+    /// The daemon's control socket.
+    #[arg(long, global = true, env = "FARSHORE_SOCKET", default_value = SOCKET_DEFAULT, value_name = "PATH")]
+    pub(crate) socket: PathBuf,
+    /// Print the API's own document instead of a table.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Volumes: what hosts mount.
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// This site's own certificate.
+    #[command(subcommand)]
+    Certificate(CertificateCommand),
+    /// Partners: the peer sites.
+    #[command(subcommand)]
+    Partner(PartnerCommand),
+    /// Mirrors: volumes that a partner holds a replica of.
+    #[command(subcommand)]
+    Mirror(MirrorCommand),
+    /// The site as a whole.
+    Status,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Create a volume; its space is allocated at once.
+    Create(VolumeCreateArguments),
+    /// All volumes.
+    List,
+    /// One volume.
+    Show {
+        /// The volume's name.
+        name: VolumeName,
+    },
+    /// Delete a volume and its data.
+    Delete {
+        /// The volume's name.
+        name: VolumeName,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VolumeCreateArguments {
+    /// The volume's name, also of its export.
+    pub(crate) name: VolumeName,
+    /// The size, as in 10GiB.
+    #[arg(long)]
+    pub(crate) size: ByteCount,
+    /// The storage class.
+    #[arg(long, default_value_t = VolumeCreate::class_default())]
+    pub(crate) class: String,
+    /// Commands a second, or unlimited, instead of the class's limit.
+    #[arg(long, value_name = "N|unlimited")]
+    pub(crate) iops: Option<Iops>,
+    /// Bypass the page cache (none) or use it (page).
+    #[arg(long, value_enum, default_value_t = CacheWord::None)]
+    pub(crate) cache: CacheWord,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CertificateCommand {
+    /// Print it as PEM, for `partner add` at the partner.
+    Show,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PartnerCommand {
+    /// Add a partner; do the same there with this site's certificate.
+    Add {
+        /// What this site calls the partner.
+        name: VolumeName,
+        /// Where it listens for replication.
+        #[arg(long, value_name = "HOST:PORT")]
+        address: HostPort,
+        /// A file with its certificate (PEM): what `certificate show` prints there.
+        #[arg(long, value_name = "FILE")]
+        certificate: PathBuf,
+    },
+    /// All partners.
+    List,
+    /// One partner.
+    Show {
+        /// The partner's name.
+        name: VolumeName,
+    },
+    /// Remove a partner that no mirror needs.
+    Remove {
+        /// The partner's name.
+        name: VolumeName,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MirrorCommand {
+    /// Mirror volumes of this site to a partner.
+    Create(MirrorCreateArguments),
+    /// All mirrors.
+    List,
+    /// One mirror.
+    Show {
+        /// The mirror's name.
+        name: VolumeName,
+    },
+    /// Stop copying; the partner keeps its image.
+    Stop {
+        /// The mirror's name.
+        name: VolumeName,
+    },
+    /// Start copying again.
+    Start {
+        /// The mirror's name.
+        name: VolumeName,
+        /// Whose writes are kept where both sites have some.
+        #[arg(long, value_enum, value_name = "local|partner")]
+        primary: Option<SideWord>,
+    },
+    /// Make this secondary primary; what it has not received is lost.
+    Failover {
+        /// The mirror's name.
+        name: VolumeName,
+        /// Accept that writes after the recovery point are lost.
+        #[arg(long)]
+        accept_loss: bool,
+    },
+    /// Wait until the mirror is caught up or in a state.
+    Wait {
+        /// The mirror's name.
+        name: VolumeName,
+        /// caught-up, or a state as `mirror show` prints it.
+        #[arg(long = "for", value_name = "caught-up|STATE")]
+        goal: Goal,
+        /// Give up after this time.
+        #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+        timeout: Duration,
+    },
+    /// Delete the mirror; the volumes stay.
+    Delete {
+        /// The mirror's name.
+        name: VolumeName,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MirrorCreateArguments {
+    /// The mirror's name, the same at both sites.
+    pub(crate) name: VolumeName,
+    /// The partner that gets the replica.
+    #[arg(long)]
+    pub(crate) partner: VolumeName,
+    /// The volumes, which share one write order.
+    #[arg(long, value_delimiter = ',', required = true, value_name = "A,B")]
+    pub(crate) volumes: Vec<VolumeName>,
+    /// When a host's write is answered.
+    #[arg(long, value_enum, default_value_t = ModeWord::Async)]
+    pub(crate) mode: ModeWord,
+    /// The RPO budget, in whole seconds, as in 15m; the site's setting if not given.
+    #[arg(long, value_parser = whole_seconds)]
+    pub(crate) rpo: Option<NonZeroU32>,
+    /// What gives way when the partner cannot keep up.
+    #[arg(long, value_enum, default_value_t = OverloadWord::Bitmap)]
+    pub(crate) overload: OverloadWord,
+}
+
+/// What `mirror wait` waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Goal {
+    /// The partner has everything that hosts wrote.
+    CaughtUp,
+    /// A state.
+    State(MirrorState),
+}
+
+impl FromStr for Goal {
+    type Err = UnknownState;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        if word == "caught-up" {
+            return Ok(Self::CaughtUp);
+        }
+        word.parse().map(Self::State)
+    }
+}
+
+impl std::fmt::Display for Goal {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::CaughtUp => formatter.write_str("caught-up"),
+            Self::State(state) => state.fmt(formatter),
+        }
+    }
+}
+
+/// A duration of 1 to 2^32-1 whole seconds.
+fn whole_seconds(text: &str) -> Result<NonZeroU32, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let seconds = u32::try_from(duration.as_secs()).ok().and_then(NonZeroU32::new);
+    seconds
+        .filter(|_| duration.subsec_nanos() == 0)
+        .ok_or_else(|| "write whole seconds, at least one, as in 15m or 90s".to_owned())
+}
+
+/// Declares how an API enum is typed on the command line.
+macro_rules! word {
+    ($word:ident => $target:ident { $($variant:ident),+ }) => {
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+        pub(crate) enum $word {
+            $($variant),+
+        }
+
+        impl From<$word> for $target {
+            fn from(word: $word) -> Self {
+                match word {
+                    $($word::$variant => Self::$variant),+
+                }
+            }
+        }
+    };
+}
+
+word!(CacheWord => Cache { None, Page });
+word!(ModeWord => MirrorMode { Async, Sync });
+word!(OverloadWord => Overload { Bitmap, Pace, Stop });
+word!(SideWord => Side { Local, Partner });
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn an_rpo_budget_is_whole_seconds() {
+        assert_eq!(whole_seconds("15m").unwrap().get(), 900);
+        for bad in ["0s", "1500ms", "soon", "500years"] {
+            assert!(whole_seconds(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_goal_is_caught_up_or_a_state() {
+        for word in ["caught-up", "consistent_synchronized", "idling"] {
+            assert_eq!(word.parse::<Goal>().unwrap().to_string(), word);
+        }
+        assert!("synchronised".parse::<Goal>().is_err());
+    }
+}

@@ -1,0 +1,213 @@
+//! What each command asks of the daemon and how the answer reads.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use block::VolumeName;
+use control::{
+    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorStart, PartnerAdd, VolumeCreate,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::arguments::{
+    Arguments, CertificateCommand, Command, MirrorCommand, MirrorCreateArguments, PartnerCommand,
+    VolumeCommand, VolumeCreateArguments,
+};
+use crate::client::Client;
+use crate::output;
+use crate::views;
+use crate::wait::wait;
+
+/// The daemon, and how its answers are to be printed.
+struct Session {
+    client: Client,
+    json: bool,
+}
+
+/// Does what was asked.
+///
+/// # Errors
+/// The daemon is not there or refuses, or an answer cannot be printed.
+pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let session = Session {
+        client: Client::new(&arguments.socket),
+        json: arguments.json,
+    };
+    match arguments.command {
+        Command::Volume(command) => session.volume(command).await,
+        Command::Certificate(CertificateCommand::Show) => {
+            session
+                .ask(&Call::certificate_show(), |view| view.certificate.clone())
+                .await
+        }
+        Command::Partner(command) => session.partner(command).await,
+        Command::Mirror(command) => session.mirror(command).await,
+        Command::Status => session.ask(&Call::status(), views::status).await,
+    }
+}
+
+impl Session {
+    /// Sends the request and prints the answer.
+    async fn ask<Answer: Serialize + DeserializeOwned>(
+        &self,
+        call: &Call<Answer>,
+        text: impl FnOnce(&Answer) -> String,
+    ) -> anyhow::Result<()> {
+        let answer = self.client.send(call).await?;
+        self.print(&answer, text)
+    }
+
+    fn print<Answer: Serialize>(
+        &self,
+        answer: &Answer,
+        text: impl FnOnce(&Answer) -> String,
+    ) -> anyhow::Result<()> {
+        let text = if self.json {
+            serde_json::to_string_pretty(answer)? + "\n"
+        } else {
+            text(answer)
+        };
+        output::answer(&text).context("the answer cannot be printed")
+    }
+
+    async fn remove(&self, call: &Call<()>, sentence: String) -> anyhow::Result<()> {
+        self.client.send(call).await?;
+        if self.json {
+            return Ok(());
+        }
+        output::answer(&(sentence + "\n")).context("the answer cannot be printed")
+    }
+
+    async fn volume(&self, command: VolumeCommand) -> anyhow::Result<()> {
+        match command {
+            VolumeCommand::Create(arguments) => {
+                self.ask(&Call::volume_create(&volume_create(arguments)), views::volume)
+                    .await
+            }
+            VolumeCommand::List => self.ask(&Call::volume_list(), |list| views::volumes(list)).await,
+            VolumeCommand::Show { name } => self.ask(&Call::volume_show(&name), views::volume).await,
+            VolumeCommand::Delete { name } => {
+                self.remove(&Call::volume_delete(&name), format!("volume '{name}' is deleted"))
+                    .await
+            }
+        }
+    }
+
+    async fn partner(&self, command: PartnerCommand) -> anyhow::Result<()> {
+        match command {
+            PartnerCommand::Add {
+                name,
+                address,
+                certificate,
+            } => {
+                let add = PartnerAdd {
+                    name,
+                    address,
+                    certificate: certificate_text(&certificate)?,
+                };
+                self.ask(&Call::partner_add(&add), views::partner).await
+            }
+            PartnerCommand::List => {
+                self.ask(&Call::partner_list(), |list| views::partners(list))
+                    .await
+            }
+            PartnerCommand::Show { name } => self.ask(&Call::partner_show(&name), views::partner).await,
+            PartnerCommand::Remove { name } => {
+                self.remove(
+                    &Call::partner_remove(&name),
+                    format!("partner '{name}' is removed"),
+                )
+                .await
+            }
+        }
+    }
+
+    async fn mirror(&self, command: MirrorCommand) -> anyhow::Result<()> {
+        match command {
+            MirrorCommand::Create(arguments) => {
+                self.ask(&Call::mirror_create(&mirror_create(arguments)), views::mirror)
+                    .await
+            }
+            MirrorCommand::List => self.ask(&Call::mirror_list(), |list| views::mirrors(list)).await,
+            MirrorCommand::Show { name } => self.ask(&Call::mirror_show(&name), views::mirror).await,
+            MirrorCommand::Stop { name } => self.ask(&Call::mirror_stop(&name), views::mirror).await,
+            MirrorCommand::Start { name, primary } => {
+                let start = MirrorStart {
+                    primary: primary.map(Into::into),
+                };
+                self.ask(&Call::mirror_start(&name, start), views::mirror).await
+            }
+            MirrorCommand::Failover { name, accept_loss } => self.failover(&name, accept_loss).await,
+            MirrorCommand::Wait { name, goal, timeout } => {
+                let view = wait(&self.client, &name, goal, timeout).await?;
+                self.print(&view, views::mirror)
+            }
+            MirrorCommand::Delete { name } => {
+                let sentence = format!("mirror '{name}' is deleted; its volumes stay");
+                self.remove(&Call::mirror_delete(&name), sentence).await
+            }
+        }
+    }
+
+    async fn failover(&self, name: &VolumeName, accept_loss: bool) -> anyhow::Result<()> {
+        if accept_loss {
+            let call = Call::mirror_failover(name, FailoverRequest { accept_loss });
+            return self.ask(&call, |result| views::failover(name, result)).await;
+        }
+        let view = self.client.send(&Call::mirror_show(name)).await?;
+        match view.recovery_point {
+            Some(point) => bail!(
+                "mirror '{name}' was not failed over: writes after its recovery point {} of {} would be lost; \
+                 give --accept-loss to accept that",
+                point.position,
+                point.time
+            ),
+            None => bail!(
+                "mirror '{name}' was not failed over: it has no recovery point yet; \
+                 wait for its initial copy with 'farshore mirror wait {name} --for caught-up'"
+            ),
+        }
+    }
+}
+
+fn volume_create(arguments: VolumeCreateArguments) -> VolumeCreate {
+    VolumeCreate {
+        name: arguments.name,
+        size_bytes: arguments.size,
+        class: arguments.class,
+        iops: arguments.iops,
+        cache: arguments.cache.into(),
+    }
+}
+
+fn mirror_create(arguments: MirrorCreateArguments) -> MirrorCreate {
+    MirrorCreate {
+        name: arguments.name,
+        partner: arguments.partner,
+        volumes: arguments.volumes,
+        mode: arguments.mode.into(),
+        rpo_seconds: arguments.rpo,
+        overload: arguments.overload.into(),
+    }
+}
+
+/// The certificate file's text, if it can be one.
+fn certificate_text(path: &Path) -> anyhow::Result<String> {
+    let shown = path.display();
+    let file = File::open(path).with_context(|| format!("certificate file '{shown}' cannot be opened"))?;
+    let mut text = String::new();
+    // One byte more than allowed is enough to refuse it.
+    let limit = u64::try_from(CERTIFICATE_BYTES_MAX)?.saturating_add(1);
+    file.take(limit)
+        .read_to_string(&mut text)
+        .with_context(|| format!("certificate file '{shown}' cannot be read as text"))?;
+    if text.len() > CERTIFICATE_BYTES_MAX {
+        bail!(
+            "certificate file '{shown}' is longer than {CERTIFICATE_BYTES_MAX} bytes: give one PEM certificate"
+        );
+    }
+    Ok(text)
+}

@@ -1,0 +1,186 @@
+//! How answers read to a person.
+
+use std::time::Duration;
+
+use block::VolumeName;
+use control::{FailoverResult, MirrorView, PartnerView, StatusView, VolumeView};
+
+use crate::table::Table;
+
+/// One volume, a property a line.
+pub(crate) fn volume(view: &VolumeView) -> String {
+    Table::properties(vec![
+        ("name", Some(view.name.to_string())),
+        ("id", Some(view.id.to_string())),
+        ("size", Some(view.size_bytes.to_string())),
+        ("class", Some(view.class.clone())),
+        ("IOPS limit", Some(view.iops_limit.to_string())),
+        ("cache", Some(view.cache.to_string())),
+        ("state", Some(view.state.to_string())),
+        ("reason", view.state_reason.clone()),
+        ("mirror", view.mirror.as_ref().map(ToString::to_string)),
+        ("URI", Some(view.uris.join(" "))),
+    ])
+}
+
+/// Volumes, one a line.
+pub(crate) fn volumes(views: &[VolumeView]) -> String {
+    let mut table = Table::new(&["NAME", "SIZE", "CLASS", "IOPS", "STATE", "MIRROR", "URI"]);
+    for view in views {
+        table.row(vec![
+            view.name.to_string(),
+            view.size_bytes.to_string(),
+            view.class.clone(),
+            view.iops_limit.to_string(),
+            view.state.to_string(),
+            view.mirror
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), ToString::to_string),
+            view.uris.first().cloned().unwrap_or_default(),
+        ]);
+    }
+    table.text()
+}
+
+/// One partner, a property a line.
+pub(crate) fn partner(view: &PartnerView) -> String {
+    Table::properties(vec![
+        ("name", Some(view.name.to_string())),
+        ("address", Some(view.address.to_string())),
+        ("fingerprint", Some(view.fingerprint.clone())),
+        ("connected", Some(yes(view.connected))),
+        ("last error", view.last_error.clone()),
+    ])
+}
+
+/// Partners, one a line.
+pub(crate) fn partners(views: &[PartnerView]) -> String {
+    let mut table = Table::new(&["NAME", "ADDRESS", "CONNECTED", "LAST ERROR"]);
+    for view in views {
+        table.row(vec![
+            view.name.to_string(),
+            view.address.to_string(),
+            yes(view.connected),
+            view.last_error.clone().unwrap_or_default(),
+        ]);
+    }
+    table.text()
+}
+
+/// One mirror, a property a line.
+pub(crate) fn mirror(view: &MirrorView) -> String {
+    let names: Vec<_> = view.volumes.iter().map(ToString::to_string).collect();
+    let point = view
+        .recovery_point
+        .map(|point| format!("{} of {}", point.position, point.time));
+    let resync = view.resync.map(|resync| {
+        let end = resync.eta_seconds.map_or("unknown".to_owned(), seconds);
+        format!("{} bytes to go, ends in {end}", resync.remaining_bytes)
+    });
+    Table::properties(vec![
+        ("name", Some(view.name.to_string())),
+        ("mode", Some(view.mode.to_string())),
+        ("role", Some(view.role.to_string())),
+        ("state", Some(view.state.to_string())),
+        ("reason", view.state_reason.clone()),
+        ("partner", Some(view.partner.to_string())),
+        ("volumes", Some(names.join(" "))),
+        ("synchronized", Some(yes(view.synchronized))),
+        ("connected", Some(yes(view.connected))),
+        ("needs start", view.needs_start.then(|| yes(true))),
+        ("epoch", Some(view.epoch.to_string())),
+        ("position", Some(view.position.to_string())),
+        (
+            "recovery point",
+            Some(point.unwrap_or_else(|| "none yet".to_owned())),
+        ),
+        ("RPO", Some(rpo(view))),
+        ("RPO budget", Some(seconds(f64::from(view.rpo_budget_seconds)))),
+        (
+            "backlog",
+            Some(format!("{} bytes in {}", view.backlog_bytes, view.journal_tier)),
+        ),
+        ("resync", resync),
+        (
+            "orphaned",
+            (view.orphaned_bytes > 0).then(|| format!("{} bytes", view.orphaned_bytes)),
+        ),
+        ("overload", Some(view.overload.to_string())),
+        (
+            "memory",
+            Some(format!(
+                "ring {} of {} bytes, maps {} bytes",
+                view.memory.ring_bytes, view.memory.ring_bytes_max, view.memory.map_bytes
+            )),
+        ),
+    ])
+}
+
+/// Mirrors, one a line.
+pub(crate) fn mirrors(views: &[MirrorView]) -> String {
+    let mut table = Table::new(&["NAME", "ROLE", "STATE", "RPO", "BACKLOG", "TIER", "PARTNER"]);
+    for view in views {
+        table.row(vec![
+            view.name.to_string(),
+            view.role.to_string(),
+            view.state.to_string(),
+            rpo(view),
+            view.backlog_bytes.to_string(),
+            view.journal_tier.to_string(),
+            view.partner.to_string(),
+        ]);
+    }
+    table.text()
+}
+
+/// What a failover cost, as a sentence.
+pub(crate) fn failover(name: &VolumeName, result: &FailoverResult) -> String {
+    let bound = if result.seconds_lost_bound { "at most " } else { "" };
+    format!(
+        "mirror '{name}' is primary here: recovery point {} of {}, {bound}{:.3} seconds of writes lost\n",
+        result.recovery_point.position, result.recovery_point.time, result.seconds_lost
+    )
+}
+
+/// The site, a property a line, then its warnings.
+pub(crate) fn status(view: &StatusView) -> String {
+    let counts = view.counts;
+    let mut text = Table::properties(vec![
+        ("site", Some(format!("{} ({})", view.site_name, view.site))),
+        ("version", Some(view.version.clone())),
+        ("uptime", Some(seconds(view.uptime_seconds.floor()))),
+        ("encryption", Some(view.encryption_engine.clone())),
+        ("NBD", Some(view.nbd_uris.join(" "))),
+        ("replication", Some(view.replication_address.clone())),
+        (
+            "console",
+            Some(view.console_address.clone().unwrap_or_else(|| "off".to_owned())),
+        ),
+        ("volumes", Some(counts.volumes.to_string())),
+        ("partners", Some(counts.partners.to_string())),
+        ("mirrors", Some(counts.mirrors.to_string())),
+        ("connections", Some(counts.connections.to_string())),
+    ]);
+    for warning in &view.warnings {
+        text.push_str(&format!("warning: {warning}\n"));
+    }
+    text
+}
+
+fn rpo(view: &MirrorView) -> String {
+    let bound = if view.rpo_bound { "at most " } else { "" };
+    view.rpo_seconds
+        .map_or_else(|| "-".to_owned(), |rpo| format!("{bound}{rpo:.3}s"))
+}
+
+fn yes(truth: bool) -> String {
+    if truth { "yes" } else { "no" }.to_owned()
+}
+
+/// A number of seconds as a person reads it, as in `15m`.
+fn seconds(seconds: f64) -> String {
+    Duration::try_from_secs_f64(seconds).map_or_else(
+        |_| format!("{seconds} s"),
+        |duration| humantime::format_duration(duration).to_string(),
+    )
+}

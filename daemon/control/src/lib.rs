@@ -1,0 +1,29 @@
+//! The control API's types: what an operator's request and the daemon's answer look like as JSON.
+//!
+//! The daemon serves these under `/v1` on its control socket; the command line and the console send and read
+//! them. The crate is pure: [`Call`] describes a request as method, path and body, and whoever owns a socket sends
+//! it. Requests refuse unknown fields; answers may gain fields, so readers ignore those that they do not know.
+//! A refusal is a [`Problem`] (RFC 9457).
+
+mod call;
+mod mirror;
+mod partner;
+mod problem;
+mod status;
+mod time;
+mod volume;
+
+pub use call::{Call, CallError, Method};
+pub use mirror::{
+    FailoverRequest, FailoverResult, JournalTier, MirrorCreate, MirrorMemory, MirrorMode, MirrorStart,
+    MirrorState, MirrorView, Overload, RecoveryPoint, ResyncView, Role, Side,
+    UnknownState,
+};
+pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
+pub use problem::{Problem, ProblemKind};
+pub use status::{Counts, StatusView};
+pub use time::{Timestamp, TimestampError};
+pub use volume::{Cache, Iops, IopsError, VolumeCreate, VolumeState, VolumeView};
+
+/// The longest request body that the daemon reads, in bytes: the largest is a partner's certificate.
+pub const REQUEST_BYTES_MAX: usize = 64 << 10;

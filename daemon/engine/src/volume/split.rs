@@ -1,0 +1,197 @@
+//! How a command becomes steps: lazily, in ascending order, disjoint in data units.
+
+use block::{ByteRange, DATA_UNIT_BYTES, HostCommand};
+
+use crate::STEP_BYTES_MAX;
+use crate::locks::LockKind;
+
+/// The work of one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Task {
+    /// Deliver these bytes.
+    Read(ByteRange),
+    /// Seal and write these bytes, merged into their units.
+    Seal(ByteRange),
+    /// Write zero sectors over these units.
+    Zeros(ByteRange),
+    /// ZERO_RANGE these units.
+    ZeroRange(ByteRange),
+    /// Keep writes away from these units.
+    Copy(ByteRange),
+    /// Make what ended durable.
+    Flush,
+}
+
+impl Task {
+    /// The units that the step touches and the lock that it needs; `None` for a flush.
+    pub(super) fn lock(self) -> Option<(ByteRange, LockKind)> {
+        match self {
+            Self::Read(wanted) => Some((wanted.unit_outward(), LockKind::Read)),
+            Self::Seal(wanted) if wanted.is_unit_aligned() => Some((wanted, LockKind::Exclusive)),
+            Self::Seal(wanted) => Some((wanted.unit_outward(), LockKind::ExclusivePartial)),
+            Self::Zeros(device) | Self::ZeroRange(device) | Self::Copy(device) => {
+                Some((device, LockKind::Exclusive))
+            }
+            Self::Flush => None,
+        }
+    }
+
+    /// True if the step changes the home image.
+    pub(super) const fn changes_content(self) -> bool {
+        matches!(self, Self::Seal(_) | Self::Zeros(_) | Self::ZeroRange(_))
+    }
+}
+
+/// The steps of one command that are still to come.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Splitter {
+    kind: Kind,
+    at: u64,
+    end: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    Read,
+    Seal,
+    ZeroRange,
+    /// Zeros on whole units, sealed zeros on partial ones.
+    ZeroesWritten,
+    /// ZERO_RANGE on whole units, sealed zeros on partial ones.
+    ZeroesRange,
+}
+
+impl Splitter {
+    pub(super) fn new(command: &HostCommand) -> Self {
+        let large = |range: &ByteRange| range.length() >= STEP_BYTES_MAX;
+        let (kind, range) = match command {
+            HostCommand::Read { range } => (Kind::Read, *range),
+            HostCommand::Write { range, .. } => (Kind::Seal, *range),
+            HostCommand::Trim { range, .. } if large(range) => (Kind::ZeroRange, range.unit_inward()),
+            HostCommand::Trim { .. } | HostCommand::Flush => (Kind::ZeroRange, ByteRange::default()),
+            HostCommand::WriteZeroes { range, .. } if large(range) => (Kind::ZeroesRange, *range),
+            HostCommand::WriteZeroes { range, .. } => (Kind::ZeroesWritten, *range),
+        };
+        Self {
+            kind,
+            at: range.offset(),
+            end: range.end(),
+        }
+    }
+
+    /// True if no step is to come.
+    pub(super) const fn is_done(&self) -> bool {
+        self.at >= self.end
+    }
+
+    /// True if a step of the command may use ZERO_RANGE, which no write makes durable.
+    pub(super) const fn zeroes_ranges(&self) -> bool {
+        match self.kind {
+            Kind::ZeroRange | Kind::ZeroesRange => !self.is_done(),
+            Kind::Read | Kind::Seal | Kind::ZeroesWritten => false,
+        }
+    }
+
+    /// Where a part from `at` on ends whose units fit in one step.
+    fn step_end(&self) -> u64 {
+        let first_unit = self.at - self.at % DATA_UNIT_BYTES;
+        first_unit.saturating_add(STEP_BYTES_MAX).min(self.end)
+    }
+
+    /// The same, but ending with the last whole unit, or at the next unit border if `at` is inside one.
+    fn zeroes_end(&self) -> u64 {
+        let next_unit = (self.at / DATA_UNIT_BYTES + 1).saturating_mul(DATA_UNIT_BYTES);
+        if !self.at.is_multiple_of(DATA_UNIT_BYTES) || next_unit > self.end {
+            return next_unit.min(self.end);
+        }
+        let end = self.step_end();
+        end - end % DATA_UNIT_BYTES
+    }
+}
+
+impl Iterator for Splitter {
+    type Item = Task;
+
+    fn next(&mut self) -> Option<Task> {
+        if self.is_done() {
+            return None;
+        }
+        let end = match self.kind {
+            Kind::Read | Kind::Seal | Kind::ZeroRange => self.step_end(),
+            Kind::ZeroesWritten | Kind::ZeroesRange => self.zeroes_end(),
+        };
+        let part = ByteRange::between(self.at, end).filter(|part| !part.is_empty())?;
+        self.at = end;
+        Some(match self.kind {
+            Kind::Read => Task::Read(part),
+            Kind::Seal => Task::Seal(part),
+            Kind::ZeroRange => Task::ZeroRange(part),
+            Kind::ZeroesWritten | Kind::ZeroesRange if !part.is_unit_aligned() => Task::Seal(part),
+            Kind::ZeroesWritten => Task::Zeros(part),
+            Kind::ZeroesRange => Task::ZeroRange(part),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn commands() -> impl Strategy<Value = HostCommand> {
+        let lengths = prop_oneof![
+            0_u64..10_000,
+            (1_u64 << 20) - 5000..(1 << 20) + 5000,
+            0_u64..4 << 20
+        ];
+        (0_u64..3 << 20, lengths, 0..4).prop_map(|(offset, length, kind)| {
+            let range = ByteRange::new(offset, length).unwrap();
+            match kind {
+                0 => HostCommand::Read { range },
+                1 => HostCommand::Write { range, fua: false },
+                2 => HostCommand::Trim { range, fua: false },
+                _ => HostCommand::WriteZeroes {
+                    range,
+                    fua: false,
+                    no_hole: true,
+                },
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn steps_cover_the_command_in_disjoint_units(command in commands()) {
+            let range = command.range().unwrap();
+            let expected = match command {
+                HostCommand::Trim { .. } if range.length() < STEP_BYTES_MAX => ByteRange::default(),
+                HostCommand::Trim { .. } => range.unit_inward(),
+                HostCommand::Read { .. }
+                | HostCommand::Write { .. }
+                | HostCommand::Flush
+                | HostCommand::WriteZeroes { .. } => range,
+            };
+            let (mut at, mut unit_end) = (expected.offset(), 0);
+            for task in Splitter::new(&command) {
+                let part = match task {
+                    Task::Read(part) | Task::Seal(part) | Task::Zeros(part) | Task::ZeroRange(part) => part,
+                    Task::Copy(_) | Task::Flush => unreachable!(),
+                };
+                prop_assert_eq!(part.offset(), at);
+                at = part.end();
+                let (device, _) = task.lock().unwrap();
+                prop_assert!(device.is_unit_aligned() && device.contains(part));
+                prop_assert!(device.length() <= STEP_BYTES_MAX && device.offset() >= unit_end);
+                unit_end = device.end();
+                if let HostCommand::WriteZeroes { .. } = command {
+                    let whole = part.is_unit_aligned();
+                    let ranged = range.length() >= STEP_BYTES_MAX;
+                    let wanted = [Task::Seal(part), Task::Zeros(part), Task::ZeroRange(part)];
+                    prop_assert_eq!(task, wanted[if whole { 1 + usize::from(ranged) } else { 0 }]);
+                }
+            }
+            prop_assert_eq!(at, expected.end());
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! What the API can ask of the daemon.
+
+use std::future::Future;
+
+use block::VolumeName;
+use control::{
+    CertificateView, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView, Problem,
+    ProblemKind, StatusView, VolumeCreate, VolumeView,
+};
+
+/// A refused or failed operation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{detail}")]
+pub struct OperationError {
+    /// What kind of refusal it is.
+    pub kind: ProblemKind,
+    /// One sentence that names the object, what is wrong and what to do.
+    pub detail: String,
+}
+
+impl OperationError {
+    /// The refusal of this kind.
+    pub fn new(kind: ProblemKind, detail: impl Into<String>) -> Self {
+        Self {
+            kind,
+            detail: detail.into(),
+        }
+    }
+}
+
+impl From<OperationError> for Problem {
+    fn from(error: OperationError) -> Self {
+        Self::new(error.kind, error.detail)
+    }
+}
+
+/// The outcome of an operation.
+type Outcome<T> = Result<T, OperationError>;
+
+/// The daemon as the API sees it. Calls run concurrently; each either has its whole effect or fails. A call is not
+/// cancelled by its caller: the API runs it to its end when the connection closes.
+///
+/// # Errors
+/// Each refuses with one sentence for the operator.
+pub trait Operations: Send + Sync + 'static {
+    /// Creates a volume.
+    fn volume_create(&self, create: VolumeCreate) -> impl Future<Output = Outcome<VolumeView>> + Send;
+    /// All volumes, by name.
+    fn volume_list(&self) -> impl Future<Output = Outcome<Vec<VolumeView>>> + Send;
+    /// One volume.
+    fn volume_show(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeView>> + Send;
+    /// Deletes a volume and its data.
+    fn volume_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
+    /// This site's own certificate.
+    fn certificate_show(&self) -> impl Future<Output = Outcome<CertificateView>> + Send;
+    /// Adds a partner.
+    fn partner_add(&self, add: PartnerAdd) -> impl Future<Output = Outcome<PartnerView>> + Send;
+    /// All partners, by name.
+    fn partner_list(&self) -> impl Future<Output = Outcome<Vec<PartnerView>>> + Send;
+    /// One partner.
+    fn partner_show(&self, name: VolumeName) -> impl Future<Output = Outcome<PartnerView>> + Send;
+    /// Removes a partner that no mirror needs.
+    fn partner_remove(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
+    /// Creates a mirror; its mode is async, its volumes are distinct and at least one.
+    fn mirror_create(&self, create: MirrorCreate) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// All mirrors, by name.
+    fn mirror_list(&self) -> impl Future<Output = Outcome<Vec<MirrorView>>> + Send;
+    /// One mirror.
+    fn mirror_show(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Stops a mirror.
+    fn mirror_stop(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Starts a mirror.
+    fn mirror_start(
+        &self,
+        name: VolumeName,
+        start: MirrorStart,
+    ) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Makes the secondary primary; the operator has accepted the loss.
+    fn mirror_failover(&self, name: VolumeName) -> impl Future<Output = Outcome<FailoverResult>> + Send;
+    /// Deletes a mirror; its volumes stay.
+    fn mirror_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
+    /// The site as a whole.
+    fn status(&self) -> impl Future<Output = Outcome<StatusView>> + Send;
+}

@@ -1,0 +1,151 @@
+//! Routes, and what the API itself refuses before the daemon is asked.
+
+use std::future::Future;
+use std::sync::Arc;
+
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use control::{FailoverRequest, MirrorCreate, MirrorMode, Problem, ProblemKind, REQUEST_BYTES_MAX};
+use serde::Serialize;
+
+use super::extract::{Body, Name, Refusal};
+use super::{OperationError, Operations};
+
+/// The API over these operations.
+pub fn router<O: Operations>(operations: Arc<O>) -> Router {
+    Router::new()
+        .route("/v1/volumes", get(volume_list::<O>).post(volume_create::<O>))
+        .route(
+            "/v1/volumes/{name}",
+            get(volume_show::<O>).delete(volume_delete::<O>),
+        )
+        .route("/v1/certificate", get(certificate_show::<O>))
+        .route("/v1/partners", get(partner_list::<O>).post(partner_add::<O>))
+        .route(
+            "/v1/partners/{name}",
+            get(partner_show::<O>).delete(partner_remove::<O>),
+        )
+        .route("/v1/mirrors", get(mirror_list::<O>).post(mirror_create::<O>))
+        .route(
+            "/v1/mirrors/{name}",
+            get(mirror_show::<O>).delete(mirror_delete::<O>),
+        )
+        .route("/v1/mirrors/{name}/stop", post(mirror_stop::<O>))
+        .route("/v1/mirrors/{name}/start", post(mirror_start::<O>))
+        .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
+        .route("/v1/status", get(status::<O>))
+        .fallback(no_route)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
+        .with_state(operations)
+}
+
+type Daemon<O> = State<Arc<O>>;
+
+/// Runs the operation to its end even if the caller goes away, and answers with its outcome and this status.
+async fn answer<T, F>(status: StatusCode, operation: F) -> Result<Response, Refusal>
+where
+    T: Serialize + Send + 'static,
+    F: Future<Output = Result<T, OperationError>> + Send + 'static,
+{
+    match tokio::spawn(operation).await {
+        Ok(Ok(_)) if status == StatusCode::NO_CONTENT => Ok(status.into_response()),
+        Ok(Ok(view)) => Ok((status, Json(view)).into_response()),
+        Ok(Err(error)) => Err(error.into()),
+        Err(error) => {
+            tracing::error!(%error, "an operation of the control API ended without an outcome");
+            let detail = "the daemon failed while doing this; its log says more";
+            Err(Refusal::new(ProblemKind::Internal, detail))
+        }
+    }
+}
+
+/// Declares handlers that only pass on: name, what they take, and the status of success.
+macro_rules! handlers {
+    ($($name:ident($($extract:ident $argument:ident),*) -> $status:ident;)+) => {$(
+        async fn $name<O: Operations>(
+            State(daemon): Daemon<O>,
+            $($extract($argument): handlers!(@type $extract $name)),*
+        ) -> Result<Response, Refusal> {
+            answer(StatusCode::$status, async move { daemon.$name($($argument),*).await }).await
+        }
+    )+};
+    (@type Name $name:ident) => { Name };
+    (@type Body volume_create) => { Body<control::VolumeCreate> };
+    (@type Body partner_add) => { Body<control::PartnerAdd> };
+    (@type Body mirror_start) => { Body<control::MirrorStart> };
+}
+
+handlers! {
+    volume_create(Body create) -> CREATED;
+    volume_list() -> OK;
+    volume_show(Name name) -> OK;
+    volume_delete(Name name) -> NO_CONTENT;
+    certificate_show() -> OK;
+    partner_add(Body add) -> CREATED;
+    partner_list() -> OK;
+    partner_show(Name name) -> OK;
+    partner_remove(Name name) -> NO_CONTENT;
+    mirror_list() -> OK;
+    mirror_show(Name name) -> OK;
+    mirror_stop(Name name) -> OK;
+    mirror_start(Name name, Body start) -> OK;
+    mirror_delete(Name name) -> NO_CONTENT;
+    status() -> OK;
+}
+
+async fn mirror_create<O: Operations>(
+    State(daemon): Daemon<O>,
+    Body(create): Body<MirrorCreate>,
+) -> Result<Response, Refusal> {
+    let name = &create.name;
+    if create.mode == MirrorMode::Sync {
+        let detail = format!("mirror '{name}' cannot be sync: this version mirrors with --mode async only");
+        return Err(Refusal::new(ProblemKind::Refused, detail));
+    }
+    let mut volumes = create.volumes.clone();
+    volumes.sort_unstable();
+    volumes.dedup();
+    if volumes.is_empty() || volumes.len() != create.volumes.len() {
+        let detail = format!(
+            "mirror '{name}' needs at least one volume, and each only once: name them in --volumes A,B"
+        );
+        return Err(Refusal::new(ProblemKind::Invalid, detail));
+    }
+    answer(
+        StatusCode::CREATED,
+        async move { daemon.mirror_create(create).await },
+    )
+    .await
+}
+
+async fn mirror_failover<O: Operations>(
+    State(daemon): Daemon<O>,
+    Name(name): Name,
+    Body(failover): Body<FailoverRequest>,
+) -> Result<Response, Refusal> {
+    if !failover.accept_loss {
+        let detail = format!(
+            "mirror '{name}' was not failed over: writes after its recovery point would be lost; \
+             give --accept-loss to accept that"
+        );
+        return Err(Refusal::new(ProblemKind::Refused, detail));
+    }
+    answer(StatusCode::OK, async move { daemon.mirror_failover(name).await }).await
+}
+
+async fn no_route(uri: Uri) -> Refusal {
+    let detail = format!(
+        "the API has no '{}': its paths begin with /v1/volumes, /v1/mirrors and the like",
+        uri.path()
+    );
+    Refusal::new(ProblemKind::NotFound, detail)
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Refusal {
+    let detail = format!("'{}' does not take {method}: use another method", uri.path());
+    Refusal(Problem::new(ProblemKind::Invalid, detail).with_status(StatusCode::METHOD_NOT_ALLOWED.as_u16()))
+}

@@ -1,0 +1,437 @@
+//! The API over a real socket, asked with the command line's own requests.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use block::{ByteCount, Position, SiteId, VolumeId, VolumeName};
+use control::{
+    Cache, Call, CallError, CertificateView, Counts, FailoverRequest, FailoverResult, MirrorCreate,
+    MirrorMode, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
+    RecoveryPoint, Side, StatusView, Timestamp, VolumeCreate, VolumeState, VolumeView,
+};
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::oneshot;
+
+use super::*;
+
+/// Records what it was asked and refuses everything named `missing`.
+#[derive(Default)]
+struct Fake {
+    asked: Mutex<Vec<String>>,
+}
+
+impl Fake {
+    fn note(&self, what: impl Into<String>, name: Option<&VolumeName>) -> Result<(), OperationError> {
+        let mut what = what.into();
+        if let Some(name) = name {
+            what = format!("{what} {name}");
+        }
+        self.asked.lock().unwrap().push(what.clone());
+        if what.ends_with("missing") {
+            return Err(OperationError::new(
+                ProblemKind::NotFound,
+                format!("{what}: there is none"),
+            ));
+        }
+        assert!(!what.ends_with("fatal"), "a bug");
+        Ok(())
+    }
+}
+
+fn volume(name: VolumeName) -> VolumeView {
+    VolumeView {
+        name,
+        id: VolumeId::default(),
+        size_bytes: ByteCount(1 << 20),
+        class: "standard".to_owned(),
+        iops_limit: "750".parse().unwrap(),
+        cache: Cache::None,
+        state: VolumeState::Online,
+        state_reason: None,
+        mirror: None,
+        uris: vec![],
+    }
+}
+
+fn partner(name: VolumeName) -> PartnerView {
+    PartnerView {
+        name,
+        address: "127.0.0.1:1".parse().unwrap(),
+        fingerprint: String::new(),
+        connected: false,
+        last_error: None,
+    }
+}
+
+fn mirror(name: VolumeName) -> MirrorView {
+    MirrorView {
+        name,
+        mode: MirrorMode::Async,
+        role: control::Role::Primary,
+        state: control::MirrorState::InconsistentCopying,
+        state_reason: None,
+        synchronized: false,
+        connected: true,
+        needs_start: false,
+        epoch: 1,
+        position: Position::default(),
+        recovery_point: None,
+        rpo_seconds: None,
+        rpo_bound: false,
+        rpo_budget_seconds: 900,
+        backlog_bytes: 0,
+        journal_tier: control::JournalTier::Ring,
+        resync: None,
+        orphaned_bytes: 0,
+        overload: Overload::Bitmap,
+        memory: control::MirrorMemory::default(),
+        volumes: vec![],
+        partner: "p".parse().unwrap(),
+    }
+}
+
+impl Operations for Fake {
+    async fn volume_create(&self, create: VolumeCreate) -> Result<VolumeView, OperationError> {
+        self.note("volume create", Some(&create.name))?;
+        Ok(volume(create.name))
+    }
+
+    async fn volume_list(&self) -> Result<Vec<VolumeView>, OperationError> {
+        self.note("volume list", None)?;
+        Ok(vec![volume("a".parse().unwrap())])
+    }
+
+    async fn volume_show(&self, name: VolumeName) -> Result<VolumeView, OperationError> {
+        self.note("volume show", Some(&name))?;
+        Ok(volume(name))
+    }
+
+    async fn volume_delete(&self, name: VolumeName) -> Result<(), OperationError> {
+        self.note("volume delete", Some(&name))
+    }
+
+    async fn certificate_show(&self) -> Result<CertificateView, OperationError> {
+        self.note("certificate show", None)?;
+        Ok(CertificateView {
+            site: SiteId::default(),
+            fingerprint: String::new(),
+            certificate: "PEM".to_owned(),
+        })
+    }
+
+    async fn partner_add(&self, add: PartnerAdd) -> Result<PartnerView, OperationError> {
+        self.note("partner add", Some(&add.name))?;
+        Ok(partner(add.name))
+    }
+
+    async fn partner_list(&self) -> Result<Vec<PartnerView>, OperationError> {
+        self.note("partner list", None)?;
+        Ok(vec![])
+    }
+
+    async fn partner_show(&self, name: VolumeName) -> Result<PartnerView, OperationError> {
+        self.note("partner show", Some(&name))?;
+        Ok(partner(name))
+    }
+
+    async fn partner_remove(&self, name: VolumeName) -> Result<(), OperationError> {
+        self.note("partner remove", Some(&name))
+    }
+
+    async fn mirror_create(&self, create: MirrorCreate) -> Result<MirrorView, OperationError> {
+        self.note("mirror create", Some(&create.name))?;
+        Ok(mirror(create.name))
+    }
+
+    async fn mirror_list(&self) -> Result<Vec<MirrorView>, OperationError> {
+        self.note("mirror list", None)?;
+        Ok(vec![])
+    }
+
+    async fn mirror_show(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
+        self.note("mirror show", Some(&name))?;
+        Ok(mirror(name))
+    }
+
+    async fn mirror_stop(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
+        self.note("mirror stop", Some(&name))?;
+        Ok(mirror(name))
+    }
+
+    async fn mirror_start(&self, name: VolumeName, start: MirrorStart) -> Result<MirrorView, OperationError> {
+        self.note(format!("mirror start {:?}", start.primary), Some(&name))?;
+        Ok(mirror(name))
+    }
+
+    async fn mirror_failover(&self, name: VolumeName) -> Result<FailoverResult, OperationError> {
+        self.note("mirror failover", Some(&name))?;
+        Ok(FailoverResult {
+            recovery_point: RecoveryPoint {
+                position: Position::default(),
+                time: Timestamp::default(),
+            },
+            seconds_lost: 0.25,
+            seconds_lost_bound: true,
+        })
+    }
+
+    async fn mirror_delete(&self, name: VolumeName) -> Result<(), OperationError> {
+        self.note("mirror delete", Some(&name))
+    }
+
+    async fn status(&self) -> Result<StatusView, OperationError> {
+        self.note("status", None)?;
+        Ok(StatusView {
+            version: String::new(),
+            site: SiteId::default(),
+            site_name: "a".parse().unwrap(),
+            uptime_seconds: 0.0,
+            encryption_engine: String::new(),
+            nbd_uris: vec![],
+            replication_address: String::new(),
+            console_address: None,
+            counts: Counts::default(),
+            warnings: vec![],
+        })
+    }
+}
+
+/// A served API.
+struct Api {
+    fake: Arc<Fake>,
+    folder: tempfile::TempDir,
+    stop: oneshot::Sender<()>,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+}
+
+impl Api {
+    fn serve() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let fake = Arc::new(Fake::default());
+        let (stop, stopped) = oneshot::channel();
+        let socket = ControlSocket::bind(&folder.path().join("control.sock")).unwrap();
+        let stopped = async move {
+            let _ = stopped.await;
+        };
+        let server = tokio::spawn(socket.serve(router(Arc::clone(&fake)), stopped));
+        Self {
+            fake,
+            folder,
+            stop,
+            server,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("control.sock")
+    }
+
+    async fn send<T: DeserializeOwned>(&self, call: Call<T>) -> Result<T, CallError> {
+        let (status, _, body) = exchange(&self.path(), call.method.as_str(), &call.path, &call.body).await;
+        call.answer(status, &body)
+    }
+
+    async fn problem(&self, method: &str, path: &str, body: &[u8]) -> (u16, Problem) {
+        let (status, head, body) = exchange(&self.path(), method, path, body).await;
+        assert!(head.contains("content-type: application/problem+json"), "{head}");
+        let problem: Problem = serde_json::from_slice(&body).unwrap();
+        assert_eq!(problem.status, status);
+        (status, problem)
+    }
+
+    fn asked(&self) -> Vec<String> {
+        std::mem::take(&mut self.fake.asked.lock().unwrap())
+    }
+}
+
+async fn exchange(socket: &Path, method: &str, path: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
+    let mut stream = UnixStream::connect(socket).await.unwrap();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // A server that refuses by the length alone may close before all is sent.
+    let _ = stream.write_all(body).await;
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    let end = answer
+        .windows(4)
+        .position(|window| window == b"\r\n\r\n")
+        .unwrap();
+    let body = answer.split_off(end + 4);
+    let head = String::from_utf8(answer).unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, head, body)
+}
+
+fn name(text: &str) -> VolumeName {
+    text.parse().unwrap()
+}
+
+fn mirror_create(mode: MirrorMode, volumes: &[&str]) -> MirrorCreate {
+    MirrorCreate {
+        name: name("m"),
+        partner: name("p"),
+        volumes: volumes.iter().copied().map(name).collect(),
+        mode,
+        rpo_seconds: None,
+        overload: Overload::Bitmap,
+    }
+}
+
+#[tokio::test]
+async fn every_call_of_the_command_line_reaches_its_operation() {
+    let api = Api::serve();
+    let create = VolumeCreate {
+        name: name("a"),
+        size_bytes: ByteCount(1 << 20),
+        class: "standard".to_owned(),
+        iops: None,
+        cache: Cache::None,
+    };
+    assert_eq!(
+        api.send(Call::volume_create(&create)).await.unwrap().name,
+        name("a")
+    );
+    assert_eq!(api.send(Call::volume_list()).await.unwrap().len(), 1);
+    api.send(Call::volume_show(&name("a"))).await.unwrap();
+    api.send(Call::volume_delete(&name("a"))).await.unwrap();
+    assert_eq!(
+        api.send(Call::certificate_show()).await.unwrap().certificate,
+        "PEM"
+    );
+    let add = PartnerAdd {
+        name: name("p"),
+        address: "az2:1".parse().unwrap(),
+        certificate: "PEM".to_owned(),
+    };
+    api.send(Call::partner_add(&add)).await.unwrap();
+    api.send(Call::partner_list()).await.unwrap();
+    api.send(Call::partner_show(&name("p"))).await.unwrap();
+    api.send(Call::partner_remove(&name("p"))).await.unwrap();
+    api.send(Call::mirror_create(&mirror_create(
+        MirrorMode::Async,
+        &["a", "b"],
+    )))
+    .await
+    .unwrap();
+    api.send(Call::mirror_list()).await.unwrap();
+    assert_eq!(
+        api.send(Call::mirror_show(&name("m"))).await.unwrap(),
+        mirror(name("m"))
+    );
+    api.send(Call::mirror_stop(&name("m"))).await.unwrap();
+    let start = MirrorStart {
+        primary: Some(Side::Local),
+    };
+    api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
+    let failover = FailoverRequest { accept_loss: true };
+    assert!(
+        api.send(Call::mirror_failover(&name("m"), failover))
+            .await
+            .unwrap()
+            .seconds_lost_bound
+    );
+    api.send(Call::mirror_delete(&name("m"))).await.unwrap();
+    api.send(Call::status()).await.unwrap();
+    let expected = "volume create a, volume list, volume show a, volume delete a, certificate show, partner add p, \
+                    partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
+                    mirror stop m, mirror start Some(Local) m, mirror failover m, mirror delete m, status";
+    assert_eq!(api.asked().join(", "), expected);
+}
+
+#[tokio::test]
+async fn a_refused_operation_and_a_bug_are_problem_documents() {
+    let api = Api::serve();
+    let refused = api.send(Call::volume_show(&name("missing"))).await.unwrap_err();
+    assert_eq!(refused.to_string(), "volume show missing: there is none");
+    let (status, problem) = api.problem("GET", "/v1/volumes/fatal", b"").await;
+    assert_eq!((status, problem.kind), (500, ProblemKind::Internal));
+}
+
+#[tokio::test]
+async fn what_is_no_request_of_the_api_is_refused_before_the_daemon_is_asked() {
+    let api = Api::serve();
+    let long = vec![b' '; control::REQUEST_BYTES_MAX + 1];
+    for (method, path, body, status) in [
+        ("GET", "/", b"".as_slice(), 404),
+        ("GET", "/v2/volumes", b"", 404),
+        ("GET", "/v1/volumes/a/b", b"", 404),
+        ("PUT", "/v1/volumes", b"{}", 405),
+        ("POST", "/v1/status", b"{}", 405),
+        ("GET", "/v1/volumes/..", b"", 400),
+        ("GET", "/v1/volumes/a%2fb", b"", 400),
+        ("GET", "/v1/volumes/%ff", b"", 400),
+        ("POST", "/v1/volumes", b"", 400),
+        ("POST", "/v1/volumes", b"not json", 400),
+        (
+            "POST",
+            "/v1/volumes",
+            b"{\"name\":\"a\",\"size_bytes\":1,\"x\":1}",
+            400,
+        ),
+        ("POST", "/v1/volumes", b"{\"name\":\"-\",\"size_bytes\":1}", 400),
+        ("POST", "/v1/volumes", &long, 413),
+        ("POST", "/v1/mirrors/m/failover", b"", 422),
+        ("POST", "/v1/mirrors/m/failover", b"{\"accept_loss\":false}", 422),
+    ] {
+        let (answered, problem) = api.problem(method, path, body).await;
+        assert_eq!(answered, status, "{method} {path}: {problem}");
+        assert!(!problem.detail.contains('\n'), "{problem}");
+    }
+    for (create, expected) in [
+        (mirror_create(MirrorMode::Sync, &["a"]), "--mode async only"),
+        (mirror_create(MirrorMode::Async, &[]), "at least one volume"),
+        (
+            mirror_create(MirrorMode::Async, &["a", "b", "a"]),
+            "each only once",
+        ),
+    ] {
+        let refused = api
+            .send(Call::mirror_create(&create))
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(refused.contains(expected), "{refused}");
+    }
+    assert_eq!(api.asked(), [] as [&str; 0]);
+}
+
+#[tokio::test]
+async fn garbage_on_the_socket_harms_nobody() {
+    let api = Api::serve();
+    for garbage in [b"\x00\xff\x16\x03garbage\r\n\r\n".as_slice(), b"GET", b""] {
+        let mut stream = UnixStream::connect(api.path()).await.unwrap();
+        stream.write_all(garbage).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer).await;
+    }
+    api.send(Call::status()).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_socket_is_private_exclusive_and_replaced_after_a_death() {
+    let api = Api::serve();
+    let path = api.path();
+    assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(matches!(ControlSocket::bind(&path), Err(SocketError::InUse(_))));
+    api.send(Call::status()).await.unwrap();
+    api.stop.send(()).unwrap();
+    api.server.await.unwrap().unwrap();
+    assert!(!path.exists(), "an orderly end removes the file");
+    // A daemon that was killed leaves its file.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    drop(ControlSocket::bind(&path).unwrap());
+    std::fs::write(&path, b"precious").unwrap();
+    assert!(matches!(
+        ControlSocket::bind(&path),
+        Err(SocketError::NotASocket(_))
+    ));
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}

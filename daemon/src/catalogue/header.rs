@@ -1,0 +1,395 @@
+//! A volume's header: what the catalogue says of it, a second time, beside its data.
+//!
+//! The byte layout and the rules are docs/formats/catalogue.md's. Two slots hold two generations; a write goes to the
+//! slot of the older, so that a torn write leaves the newer one whole. The module knows one header; which of several
+//! tells the truth is decided elsewhere.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use block::{ByteCount, IopsLimit, MirrorId, SiteId, VolumeId, VolumeIndex};
+use control::{CERTIFICATE_BYTES_MAX, Cache, Iops, MirrorMode, Overload, Role};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use super::fuse::Fuse;
+use super::record::{
+    GROUP_STATE_BYTES_MAX, GroupRecord, MirrorRecord, PartnerRecord, VolumeRecord, WRAPPED_KEY_BYTES_MAX,
+};
+
+/// The header's file name in the volume's folder.
+pub(super) const FILE_NAME: &str = "header";
+/// Bytes in a slot.
+const SLOT_BYTES: usize = 16 << 10;
+/// The same as a file offset.
+const SLOT_OFFSET: u64 = 16 << 10;
+const MAGIC: [u8; 8] = *b"FARSHVOL";
+const VERSION: u32 = 1;
+const FIXED_BYTES: usize = 256;
+const TEXT_BYTES: usize = SLOT_BYTES - FIXED_BYTES;
+/// How many texts follow the fixed part: name, class, wrapped key; then the mirror's name, the partner's name, address
+/// and certificate, and the group's state.
+const TEXTS: usize = 8;
+
+/// `iops` of a volume that takes its class's limit; no limit of 0 exists.
+const IOPS_OF_CLASS: u32 = 0;
+/// `iops` of an unlimited volume, in its own field beside the number.
+const IOPS_UNLIMITED: u8 = 1;
+
+/// The fixed part of a slot.
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Fixed {
+    magic: [u8; 8],
+    version: U32,
+    checksum: U32,
+    generation: U64,
+    site: [u8; 16],
+    volume: [u8; 16],
+    size: U64,
+    iops: U32,
+    iops_unlimited: u8,
+    life: u8,
+    cache: u8,
+    link: u8,
+    role: u8,
+    mode: u8,
+    overload: u8,
+    rebuilt: u8,
+    index: U16,
+    volume_count: U16,
+    rpo_seconds: U32,
+    mirror: [u8; 16],
+    epoch: U64,
+    incarnation: U64,
+    revision: U64,
+    text_lengths: [U16; TEXTS],
+    reserved: [u8; 116],
+}
+
+/// A whole slot.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct Slot {
+    fixed: Fixed,
+    text: [u8; TEXT_BYTES],
+}
+
+const _: () = assert!(size_of::<Fixed>() == FIXED_BYTES);
+const _: () = assert!(size_of::<Slot>() == SLOT_BYTES);
+// Four names of 64 bytes and an address of 256 stand beside the three long texts.
+const _: () = assert!(
+    4 * 64 + 256 + WRAPPED_KEY_BYTES_MAX + CERTIFICATE_BYTES_MAX + GROUP_STATE_BYTES_MAX <= TEXT_BYTES
+);
+
+/// Where a volume is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    /// Not in the catalogue yet; its creation was not acknowledged.
+    Creating,
+    /// In the catalogue.
+    Live,
+    /// No longer in the catalogue, or about to leave it.
+    Deleting,
+}
+
+/// The mirror that the volume is part of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MirrorPart {
+    /// False while the mirror is being made or deleted.
+    pub(super) settled: bool,
+    /// The volume's index in the group.
+    pub(super) index: VolumeIndex,
+    /// How many volumes the group has.
+    pub(super) volume_count: u16,
+    /// The mirror; its list of volumes is empty here.
+    pub(super) mirror: MirrorRecord,
+    /// Its partner.
+    pub(super) partner: PartnerRecord,
+}
+
+/// A header's content.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    /// The site that the volume belongs to.
+    pub(super) site: SiteId,
+    /// Where the volume is in its life.
+    pub(super) life: Life,
+    /// The volume.
+    pub(super) volume: VolumeRecord,
+    /// Its mirror, if any.
+    pub(super) mirror: Option<MirrorPart>,
+}
+
+/// Why a header cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum HeaderError {
+    /// The file cannot be read.
+    #[error("{0}")]
+    File(#[from] io::Error),
+    /// Neither slot is whole.
+    #[error("neither of its two slots is whole")]
+    Damaged,
+    /// A slot is whole, and of a version that we do not know.
+    #[error("its version is {0}, this daemon knows version {VERSION}")]
+    Version(u32),
+    /// A slot is whole, and holds what no daemon writes.
+    #[error("its field '{0}' has no meaning")]
+    Field(&'static str),
+}
+
+impl Header {
+    /// Reads the newer whole slot of the volume in `folder`; `pool` is where that folder lies.
+    ///
+    /// # Errors
+    /// The file is not there, or neither slot is whole.
+    pub(super) fn read(folder: &Path, pool: &block::VolumeName) -> Result<Self, HeaderError> {
+        let file = File::open(folder.join(FILE_NAME))?;
+        let newest = newest(&file)?.ok_or(HeaderError::Damaged)?;
+        Self::decode(&newest, pool)
+    }
+
+    /// Writes the header over its older slot and makes it durable; makes the file if it is missing.
+    ///
+    /// # Errors
+    /// The file cannot be written; the newer slot is as it was.
+    pub(super) fn write(&self, folder: &Path, fuse: &Fuse) -> io::Result<()> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(folder.join(FILE_NAME))?;
+        let generation = newest(&file)?.map_or(0, |slot| slot.fixed.generation.get());
+        let generation = generation.saturating_add(1);
+        let slot = self.encode(generation);
+        let offset = generation % 2 * SLOT_OFFSET;
+        if fuse.blows() {
+            let (torn, _) = slot.as_bytes().split_at(SLOT_BYTES / 4);
+            file.write_all_at(torn, offset)?;
+            return Err(io::Error::other("simulated crash"));
+        }
+        file.write_all_at(slot.as_bytes(), offset)?;
+        // A first write may also be the file's birth, so its size must be durable too.
+        file.sync_all()?;
+        if generation == 1 {
+            File::open(folder)?.sync_all()?;
+        }
+        Ok(())
+    }
+
+    fn encode(&self, generation: u64) -> Slot {
+        let mut slot = Slot::new_zeroed();
+        let (iops, iops_unlimited) = match self.volume.iops {
+            None => (IOPS_OF_CLASS, 0),
+            Some(Iops(IopsLimit::Unlimited)) => (IOPS_OF_CLASS, IOPS_UNLIMITED),
+            Some(Iops(IopsLimit::PerSecond(limit))) => (limit.get(), 0),
+        };
+        let fixed = &mut slot.fixed;
+        fixed.magic = MAGIC;
+        fixed.version = U32::new(VERSION);
+        fixed.generation = U64::new(generation);
+        fixed.site = self.site.to_bytes();
+        fixed.volume = self.volume.id.to_bytes();
+        fixed.size = U64::new(self.volume.size.0);
+        fixed.iops = U32::new(iops);
+        fixed.iops_unlimited = iops_unlimited;
+        fixed.life = code(LIVES, self.life);
+        fixed.cache = code(CACHES, self.volume.cache);
+        let mut texts: [&[u8]; TEXTS] = [&[]; TEXTS];
+        if let Some(part) = &self.mirror {
+            encode_mirror(part, fixed);
+            texts = mirror_texts(part);
+        }
+        let [name, class, key, ..] = &mut texts;
+        *name = self.volume.name.as_str().as_bytes();
+        *class = self.volume.class.as_bytes();
+        *key = &self.volume.wrapped_key;
+        let mut free = slot.text.as_mut_slice();
+        for (length, text) in slot.fixed.text_lengths.iter_mut().zip(texts) {
+            assert!(
+                text.len() <= free.len(),
+                "the catalogue checks every length before it writes"
+            );
+            let (place, rest) = free.split_at_mut(text.len());
+            place.copy_from_slice(text);
+            // A slot is shorter than 2^16 bytes, and so is every text in it.
+            *length = U16::new(u16::try_from(text.len()).unwrap_or(u16::MAX));
+            free = rest;
+        }
+        slot.fixed.checksum = U32::new(slot.checksum());
+        slot
+    }
+
+    fn decode(slot: &Slot, pool: &block::VolumeName) -> Result<Self, HeaderError> {
+        let fixed = &slot.fixed;
+        if fixed.version.get() != VERSION {
+            return Err(HeaderError::Version(fixed.version.get()));
+        }
+        if fixed.reserved.iter().any(|byte| *byte != 0) {
+            return Err(HeaderError::Field("reserved"));
+        }
+        let texts = slot.texts().ok_or(HeaderError::Field("text_lengths"))?;
+        let [name, class, key, ..] = texts;
+        let volume = VolumeRecord {
+            id: VolumeId::from_bytes(fixed.volume),
+            name: text(name, "name")?,
+            size: ByteCount(fixed.size.get()),
+            class: text(class, "class")?,
+            iops: match (fixed.iops_unlimited, std::num::NonZeroU32::new(fixed.iops.get())) {
+                (0, limit) => limit.map(|limit| Iops(IopsLimit::PerSecond(limit))),
+                (IOPS_UNLIMITED, None) => Some(Iops(IopsLimit::Unlimited)),
+                _ => return Err(HeaderError::Field("iops")),
+            },
+            cache: meaning(CACHES, fixed.cache, "cache")?,
+            wrapped_key: key.to_vec(),
+            pool: pool.clone(),
+        };
+        Ok(Self {
+            site: SiteId::from_bytes(fixed.site),
+            life: meaning(LIVES, fixed.life, "life")?,
+            volume,
+            mirror: decode_mirror(fixed, &texts)?,
+        })
+    }
+}
+
+/// The codes of each enum: the place in the list, from 1.
+const LIVES: &[Life] = &[Life::Creating, Life::Live, Life::Deleting];
+const CACHES: &[Cache] = &[Cache::None, Cache::Page];
+
+fn code<T: PartialEq>(values: &[T], value: T) -> u8 {
+    let place = values.iter().position(|known| *known == value);
+    place.and_then(|place| u8::try_from(place + 1).ok()).unwrap_or(0)
+}
+
+fn meaning<T: Copy>(values: &[T], code: u8, field: &'static str) -> Result<T, HeaderError> {
+    let place = usize::from(code).checked_sub(1);
+    let value = place.and_then(|place| values.get(place));
+    value.copied().ok_or(HeaderError::Field(field))
+}
+
+fn text<T: TryFrom<String>>(bytes: &[u8], field: &'static str) -> Result<T, HeaderError> {
+    let text = str::from_utf8(bytes).map_err(|_| HeaderError::Field(field))?;
+    T::try_from(text.to_owned()).map_err(|_| HeaderError::Field(field))
+}
+
+fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
+    let (mirror, group) = (&part.mirror, &part.mirror.group);
+    fixed.link = if part.settled { 2 } else { 1 };
+    fixed.role = code(Role::ALL, group.role);
+    fixed.mode = code(MirrorMode::ALL, mirror.mode);
+    fixed.overload = code(Overload::ALL, mirror.overload);
+    fixed.rebuilt = u8::from(mirror.rebuilt);
+    fixed.index = U16::new(part.index.0);
+    fixed.volume_count = U16::new(part.volume_count);
+    fixed.rpo_seconds = U32::new(mirror.rpo_seconds.get());
+    fixed.mirror = mirror.id.to_bytes();
+    fixed.epoch = U64::new(group.epoch);
+    fixed.incarnation = U64::new(group.incarnation);
+    fixed.revision = U64::new(mirror.revision);
+}
+
+/// The texts from the fourth on; the first three are the volume's.
+fn mirror_texts(part: &MirrorPart) -> [&[u8]; TEXTS] {
+    [
+        &[],
+        &[],
+        &[],
+        part.mirror.name.as_str().as_bytes(),
+        part.partner.name.as_str().as_bytes(),
+        part.partner.address.as_str().as_bytes(),
+        part.partner.certificate.as_bytes(),
+        &part.mirror.group.state,
+    ]
+}
+
+fn decode_mirror(fixed: &Fixed, texts: &[&[u8]; TEXTS]) -> Result<Option<MirrorPart>, HeaderError> {
+    let settled = match fixed.link {
+        0 => return Ok(None),
+        1 => false,
+        2 => true,
+        _ => return Err(HeaderError::Field("link")),
+    };
+    let [_, _, _, name, partner_name, address, certificate, state] = texts;
+    let partner = PartnerRecord {
+        name: text(partner_name, "partner_name")?,
+        address: text(address, "partner_address")?,
+        certificate: text(certificate, "certificate")?,
+    };
+    let mirror = MirrorRecord {
+        id: MirrorId::from_bytes(fixed.mirror),
+        name: text(name, "mirror_name")?,
+        partner: partner.name.clone(),
+        mode: meaning(MirrorMode::ALL, fixed.mode, "mode")?,
+        rpo_seconds: fixed
+            .rpo_seconds
+            .get()
+            .try_into()
+            .map_err(|_| HeaderError::Field("rpo_seconds"))?,
+        overload: meaning(Overload::ALL, fixed.overload, "overload")?,
+        volumes: Vec::new(),
+        group: GroupRecord {
+            epoch: fixed.epoch.get(),
+            incarnation: fixed.incarnation.get(),
+            role: meaning(Role::ALL, fixed.role, "role")?,
+            state: state.to_vec(),
+        },
+        revision: fixed.revision.get(),
+        rebuilt: fixed.rebuilt != 0,
+    };
+    Ok(Some(MirrorPart {
+        settled,
+        index: VolumeIndex(fixed.index.get()),
+        volume_count: fixed.volume_count.get(),
+        mirror,
+        partner,
+    }))
+}
+
+impl Slot {
+    /// CRC-32C of the whole slot with the checksum field zero.
+    fn checksum(&self) -> u32 {
+        let fixed = Fixed {
+            checksum: U32::ZERO,
+            ..self.fixed.clone()
+        };
+        crc32c::crc32c_append(crc32c::crc32c(fixed.as_bytes()), &self.text)
+    }
+
+    fn is_whole(&self) -> bool {
+        self.fixed.magic == MAGIC && self.fixed.checksum.get() == self.checksum()
+    }
+
+    /// The texts, if their lengths fit and nothing follows them.
+    fn texts(&self) -> Option<[&[u8]; TEXTS]> {
+        let mut texts: [&[u8]; TEXTS] = [&[]; TEXTS];
+        let mut rest = self.text.as_slice();
+        for (text, length) in texts.iter_mut().zip(&self.fixed.text_lengths) {
+            (*text, rest) = rest.split_at_checked(usize::from(length.get()))?;
+        }
+        rest.iter().all(|byte| *byte == 0).then_some(texts)
+    }
+}
+
+/// The whole slot of the higher generation, if any.
+fn newest(file: &File) -> io::Result<Option<Box<Slot>>> {
+    let mut newest: Option<Box<Slot>> = None;
+    for offset in [0, SLOT_OFFSET] {
+        let mut slot = Box::new(Slot::new_zeroed());
+        match file.read_exact_at(slot.as_mut_bytes(), offset) {
+            Ok(()) => {}
+            // A file that is too short lacks this slot.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
+            Err(error) => return Err(error),
+        }
+        let newer = |than: &Slot| slot.fixed.generation.get() > than.fixed.generation.get();
+        if slot.is_whole() && newest.as_deref().is_none_or(newer) {
+            newest = Some(slot);
+        }
+    }
+    Ok(newest)
+}

@@ -1,0 +1,634 @@
+//! Role changes: starting, fencing, promoting, stopping; and the durable state that comes before each.
+//!
+//! A change of the group's state is on stable media before it is acted on. Hosts are withdrawn *before* a fence is
+//! made durable and presented *after* a promotion is: in between nobody writes.
+
+use block::{ByteRange, HostError, Monotonic, Position, VolumeIndex};
+use engine::StepId;
+use engine::intent_map::IntentMap;
+use engine::volume::Volume;
+use journal::{Checkpoint, RedoLog};
+use protocol::{CompareRange, GroupState, Hello, Refuse, Role};
+
+use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose};
+use super::primary::{Gate, Link, Primary};
+use super::secondary::Secondary;
+use super::view::LossReport;
+use super::{CleanState, Group, Machine, Mirror, MirrorSettings, RecoveredCuts, VerbRefused};
+
+/// After a failed attempt to make the state durable the next one waits so long.
+const PERSIST_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+/// Ranges that a diverged side lists; beyond it neighbours are merged into a superset.
+const COMPARE_RANGES_MAX: usize = 4096;
+
+/// A change of the durable state; applied to whatever is durable when its turn comes.
+#[derive(Clone, Debug)]
+pub(super) enum StateChange {
+    /// A primary starts: its incarnation rises.
+    Incarnation,
+    /// A flush failed: the incarnation rises, and what it wrote is compared.
+    NewIncarnation,
+    /// The target's image is complete and of this lineage.
+    Complete,
+    /// A hello told of a higher epoch.
+    Adopt(Box<GroupState>),
+    /// A refusal told of a higher epoch.
+    Fence(Box<Refuse>),
+    /// This side becomes the primary from this position on.
+    Promote(Position),
+    /// An operator stopped or started mirroring.
+    Stopped(bool),
+    /// An operator allowed the partner's blocks to be overwritten.
+    Approve,
+}
+
+/// A role change under way.
+pub(super) enum Transition {
+    /// The machine is being built.
+    Opening,
+    /// An old primary becomes a secondary.
+    Fencing { stage: FenceStage, intents: Vec<IntentMap> },
+    /// A secondary becomes the primary.
+    Promoting { secondary: Box<Secondary>, stage: PromoteStage },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FenceStage {
+    Persisting,
+    Draining,
+    Flushing { outstanding: usize },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PromoteStage {
+    /// What was on its way to the redo log ends.
+    Quieting,
+    /// What is committed goes home.
+    Applying,
+    /// The redo log is emptied, so that it can never be replayed over the hosts' writes.
+    Resetting,
+    /// The epoch is being raised.
+    Persisting,
+}
+
+impl Transition {
+    pub(super) fn secondary(&mut self) -> Option<&mut Secondary> {
+        match self {
+            Self::Promoting { secondary, .. } => Some(secondary),
+            Self::Opening | Self::Fencing { .. } => None,
+        }
+    }
+
+    pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
+        match self {
+            Self::Promoting { secondary, .. } => secondary.applying.poll_timeout(),
+            Self::Opening | Self::Fencing { .. } => None,
+        }
+    }
+}
+
+/// What hosts of a secondary are told.
+pub(super) fn secondary_reason(state: &GroupState) -> String {
+    if state.diverged {
+        format!(
+            "this side is fenced: the partner was promoted in epoch {}; hosts must use the partner",
+            state.epoch.0
+        )
+    } else {
+        "this side is the secondary of a mirror: hosts must use the primary".to_owned()
+    }
+}
+
+/// Where a diverged side may differ: its intent regions, merged into a superset if they are many.
+pub(super) fn compare_ranges(intents: &[IntentMap], settings: &MirrorSettings) -> Vec<CompareRange> {
+    let mut ranges: Vec<CompareRange> = Vec::new();
+    for (index, (intent, volume)) in intents.iter().zip(&settings.volumes).enumerate() {
+        let index = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
+        for region in intent.set_regions() {
+            let start = region.saturating_mul(settings.region_bytes);
+            let end = start.saturating_add(settings.region_bytes).min(volume.size.0);
+            let crowded = ranges.len() >= COMPARE_RANGES_MAX;
+            match ranges.last_mut().filter(|last| last.volume == index && (last.range.end() == start || crowded)) {
+                Some(last) => last.range = ByteRange::between(last.range.offset(), end).unwrap_or(last.range),
+                None => ranges.extend(
+                    ByteRange::between(start, end).map(|range| CompareRange { volume: index, range }),
+                ),
+            }
+        }
+    }
+    ranges
+}
+
+impl Mirror {
+    /// A change of the durable state waits or is on its way that ends this role.
+    pub(super) fn is_changing(&self) -> bool {
+        self.changes.iter().any(|change| match change {
+            StateChange::Adopt(_) | StateChange::Fence(_) | StateChange::Promote(_) => true,
+            StateChange::Incarnation
+            | StateChange::NewIncarnation
+            | StateChange::Complete
+            | StateChange::Stopped(_)
+            | StateChange::Approve => false,
+        })
+    }
+
+    /// Notes that the image is complete, once.
+    pub(super) fn note_complete(&mut self) {
+        if !self.changes.iter().any(|change| matches!(change, StateChange::Complete)) {
+            self.changes.push_back(StateChange::Complete);
+        }
+    }
+
+    /// What does not fit in a hello, if something does not.
+    pub(super) fn mismatch(&self, hello: &Hello) -> Option<String> {
+        if hello.volumes.len() != self.settings.volumes.len() {
+            return Some(format!(
+                "the mirror has {} volumes here and {} there",
+                self.settings.volumes.len(),
+                hello.volumes.len()
+            ));
+        }
+        self.settings.volumes.iter().zip(&hello.volumes).find_map(|(ours, (id, size))| {
+            if ours.id != *id {
+                return Some(format!("volume {} is here where {id} is there", ours.id));
+            }
+            (ours.size != *size)
+                .then(|| format!("volume {id} has {} bytes here and {} bytes there", ours.size.0, size.0))
+        })
+    }
+
+    /// Writes the next state, if one waits and none is being written.
+    pub(super) fn next_change(&mut self, now: Monotonic, out: &mut Outbox) {
+        if self.changing.is_some() || self.retry_change_at.is_some_and(|at| now < at) {
+            return;
+        }
+        self.retry_change_at = None;
+        let Some(change) = self.changes.front() else { return };
+        let next = self.changed(change);
+        out.io(Purpose::PersistState, IoRequest::Persist(Box::new(next.clone())));
+        self.changing = Some(next);
+    }
+
+    fn changed(&self, change: &StateChange) -> GroupState {
+        let state = self.state.clone();
+        match change {
+            StateChange::Incarnation | StateChange::NewIncarnation => {
+                GroupState { incarnation: state.incarnation.next(), ..state }
+            }
+            StateChange::Complete => {
+                GroupState { consistent: true, diverged: false, overwrite_approved: false, ..state }
+            }
+            StateChange::Adopt(adopted) => (**adopted).clone(),
+            StateChange::Fence(refuse) => state.fenced(refuse.epoch, refuse.origin, refuse.fork),
+            StateChange::Promote(tip) => state.promoted(self.settings.site, *tip),
+            StateChange::Stopped(stopped) => GroupState { stopped: *stopped, ..state },
+            StateChange::Approve => GroupState { overwrite_approved: true, stopped: false, ..state },
+        }
+    }
+
+    /// A flush failed at home: nothing more is admitted until a new incarnation is durable.
+    pub(super) fn end_incarnation(&mut self) {
+        if let Machine::Primary(primary) = &mut self.machine {
+            primary.admission_open = false;
+            self.changes.push_back(StateChange::NewIncarnation);
+        }
+    }
+}
+
+impl Primary {
+    /// The writes that wait for their intent bits; they get no sequence.
+    pub(super) fn abandon_waiting(&mut self) -> Vec<(VolumeIndex, StepId)> {
+        self.take_waiting()
+    }
+
+    /// The incarnation is durable: sequences begin at 1.
+    fn incarnated(&mut self, state: &GroupState) {
+        self.start = state.start_position();
+        self.admission_open = true;
+    }
+}
+
+impl Group {
+    /// Hosts are served from now on.
+    pub(super) fn present(&mut self, now: Monotonic) {
+        if self.presented {
+            return;
+        }
+        for slot in &mut self.volumes {
+            slot.volume = Volume::new(slot.config, now);
+        }
+        self.presented = true;
+        self.withdrawn_because.clear();
+        self.out.push(Effect::Present);
+    }
+
+    /// Hosts are no longer served: what has not begun is refused.
+    fn withdraw(&mut self, reason: String) {
+        let now = self.now;
+        self.withdrawn_because.clone_from(&reason);
+        if !self.presented {
+            return;
+        }
+        self.presented = false;
+        for slot in &mut self.volumes {
+            slot.volume.set_offline(now);
+        }
+        self.out.push(Effect::Withdraw { reason });
+    }
+
+    /// The partner answered and is of no higher epoch.
+    pub(super) fn partner_heard(&mut self) {
+        let now = self.now;
+        if let Some(mirror) = &mut self.mirror {
+            mirror.grace_until = None;
+        }
+        self.present(now);
+    }
+
+    /// A restarted primary has waited long enough.
+    pub(super) fn end_grace(&mut self) {
+        let now = self.now;
+        let Some(mirror) = &mut self.mirror else { return };
+        if mirror.grace_until.is_some_and(|until| now >= until) {
+            mirror.grace_until = None;
+            if matches!(mirror.machine, Machine::Primary(_)) {
+                self.out.log(
+                    Loudness::Warn,
+                    "the partner was not heard within the grace time: the exports open; if it was promoted \
+                     meanwhile, both sides accept writes now"
+                        .to_owned(),
+                );
+                self.present(now);
+            }
+        }
+    }
+
+    /// A higher epoch was heard: stop serving at once, make it durable, then become the secondary.
+    pub(super) fn fence(&mut self, change: StateChange) {
+        let Some(mirror) = &mut self.mirror else { return };
+        mirror.grace_until = None;
+        mirror.changes.push_back(change);
+        let opening = Machine::Changing(Box::new(Transition::Opening));
+        match std::mem::replace(&mut mirror.machine, opening) {
+            Machine::Primary(mut primary) => {
+                primary.close(Link::Stopped, "fenced by a higher epoch", &mut self.out);
+                let waiting = primary.abandon_waiting();
+                let copies = primary.copying.abandon();
+                let intents = primary.volumes.into_iter().map(|volume| volume.intent).collect();
+                let stage = FenceStage::Persisting;
+                mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage, intents }));
+                self.fail_steps(waiting, copies);
+                self.out.log(Loudness::Warn, "a higher epoch was heard: this side is fenced".to_owned());
+                self.withdraw("this side is fenced: the partner was promoted; hosts must use the partner".to_owned());
+            }
+            other => mirror.machine = other,
+        }
+    }
+
+    fn fail_steps(&mut self, waiting: Vec<(VolumeIndex, StepId)>, copies: Vec<(VolumeIndex, StepId)>) {
+        let now = self.now;
+        for (volume, step) in waiting {
+            self.sealed.remove(&(volume, step));
+            if let Some(slot) = self.slot(volume) {
+                slot.volume.admit_failed(now, step, HostError::Shutdown);
+            }
+        }
+        for (volume, step) in copies {
+            if let Some(slot) = self.slot(volume) {
+                slot.volume.copy_done(now, step);
+            }
+        }
+    }
+
+    /// The group's state was written, or not.
+    pub(super) fn state_persisted(&mut self, failure: Option<IoFailure>) {
+        let now = self.now;
+        let Some(mirror) = &mut self.mirror else { return };
+        let Some(next) = mirror.changing.take() else { return };
+        if let Some(failure) = failure {
+            mirror.retry_change_at = Some(now + PERSIST_PAUSE);
+            self.out.log(Loudness::Error, format!("the mirror's state could not be stored: {failure}; trying again"));
+            return;
+        }
+        mirror.state = next;
+        if let Some(change) = mirror.changes.pop_front() {
+            self.changed(change);
+        }
+    }
+
+    fn changed(&mut self, change: StateChange) {
+        let (now, wall) = (self.now, self.wall);
+        let Some(mirror) = &mut self.mirror else { return };
+        match (change, &mut mirror.machine) {
+            (StateChange::Incarnation, Machine::Primary(primary)) => {
+                primary.incarnated(&mirror.state);
+                self.admit_waiting(now);
+            }
+            (StateChange::NewIncarnation, Machine::Primary(primary)) => {
+                primary.reincarnate(&mirror.settings, now, &mut self.out);
+                primary.incarnated(&mirror.state);
+                self.admit_waiting(now);
+            }
+            (StateChange::Complete, Machine::Secondary(secondary)) => {
+                secondary.compare.clear();
+                secondary.orphaned = None;
+                secondary.batch_counts(wall, &mut self.out);
+                mirror.intents.iter_mut().for_each(clear_all);
+                self.withdrawn_because = secondary_reason(&mirror.state);
+            }
+            (StateChange::Adopt(_) | StateChange::Fence(_), Machine::Changing(change)) => {
+                if let Transition::Fencing { stage, .. } = &mut **change {
+                    *stage = FenceStage::Draining;
+                }
+                self.withdrawn_because = secondary_reason(&mirror.state);
+            }
+            (StateChange::Promote(_), Machine::Changing(_)) => self.promoted(),
+            (StateChange::Stopped(true), Machine::Primary(primary)) => {
+                primary.close(Link::Stopped, "an operator stopped the mirror", &mut self.out);
+            }
+            (StateChange::Stopped(false), Machine::Primary(primary)) => primary.redial(now),
+            (StateChange::Approve, Machine::Primary(primary)) => {
+                primary.approve(&mut self.out);
+                primary.redial(now);
+            }
+            (
+                StateChange::Incarnation
+                | StateChange::NewIncarnation
+                | StateChange::Complete
+                | StateChange::Adopt(_)
+                | StateChange::Fence(_)
+                | StateChange::Promote(_)
+                | StateChange::Stopped(_)
+                | StateChange::Approve,
+                Machine::Primary(_) | Machine::Secondary(_) | Machine::Changing(_),
+            ) => {}
+        }
+    }
+
+    fn admit_waiting(&mut self, now: Monotonic) {
+        let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror else { return };
+        for (volume, step) in primary.poll_admitted(now, &mut self.out) {
+            self.admitted(volume, step, now);
+        }
+    }
+
+    /// Takes a role change as far as it can go.
+    pub(super) fn transition_turn(&mut self) {
+        let drained = self.volumes.iter().all(|slot| slot.volume.in_flight() == 0);
+        let (now, wall) = (self.now, self.wall);
+        let volumes = self.volumes.len();
+        let Some(mirror) = &mut self.mirror else { return };
+        let Machine::Changing(change) = &mut mirror.machine else { return };
+        match &mut **change {
+            Transition::Fencing { stage, .. } if *stage == FenceStage::Draining && drained => {
+                *stage = FenceStage::Flushing { outstanding: volumes };
+                for index in 0..volumes {
+                    let volume = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
+                    self.out.io(Purpose::Transition, IoRequest::HomeFlush { volume });
+                }
+            }
+            Transition::Promoting { secondary, stage } => match stage {
+                PromoteStage::Quieting => {
+                    if secondary.batch_completes(&mirror.state).is_some() {
+                        secondary.batch_counts(wall, &mut self.out);
+                    }
+                    if secondary.is_quiet() {
+                        secondary.void_staged();
+                        *stage = PromoteStage::Applying;
+                    }
+                }
+                PromoteStage::Applying => {
+                    secondary.applying.hurry = true;
+                    secondary.apply_more(&mirror.settings, now, &mut self.out);
+                    if secondary.queue.is_empty() && secondary.applying.is_clean() {
+                        *stage = PromoteStage::Resetting;
+                        let cursor = secondary.log.reset();
+                        let page = secondary.checkpoint.next(secondary.tip(), cursor);
+                        let request = IoRequest::CheckpointWrite { slot: page.slot(), page: page.encode() };
+                        secondary.next_checkpoint = Some(page);
+                        self.out.io(Purpose::Transition, request);
+                    }
+                }
+                PromoteStage::Resetting | PromoteStage::Persisting => {}
+            },
+            Transition::Fencing { .. } | Transition::Opening => {}
+        }
+    }
+
+    /// A request of a role change was answered.
+    pub(super) fn transition_done(&mut self, failure: Option<IoFailure>) {
+        let Some(mirror) = &mut self.mirror else { return };
+        let Machine::Changing(change) = &mut mirror.machine else { return };
+        match &mut **change {
+            Transition::Fencing { stage: FenceStage::Flushing { outstanding }, intents } => {
+                if let Some(failure) = failure {
+                    // What is on the device is what will be compared; nothing of it is trusted.
+                    self.out.log(Loudness::Error, format!("flushing a fenced volume: {failure}"));
+                }
+                *outstanding = outstanding.saturating_sub(1);
+                if *outstanding == 0 {
+                    let intents = std::mem::take(intents);
+                    mirror.become_secondary(intents, &mut self.out);
+                }
+            }
+            Transition::Promoting { secondary, stage } if *stage == PromoteStage::Resetting => {
+                let next = secondary.next_checkpoint.take();
+                if let (None, Some(next)) = (&failure, next) {
+                    secondary.checkpoint = next;
+                    *stage = PromoteStage::Persisting;
+                    mirror.changes.push_back(StateChange::Promote(secondary.tip().position));
+                } else {
+                    self.out.log(Loudness::Error, "the redo log could not be emptied; trying again".to_owned());
+                    *stage = PromoteStage::Applying;
+                }
+            }
+            Transition::Fencing { .. } | Transition::Promoting { .. } | Transition::Opening => {}
+        }
+    }
+
+    fn promoted(&mut self) {
+        let now = self.now;
+        let Some(mirror) = &mut self.mirror else { return };
+        let opening = Machine::Changing(Box::new(Transition::Opening));
+        let Machine::Changing(change) = std::mem::replace(&mut mirror.machine, opening) else { return };
+        let Transition::Promoting { secondary, .. } = *change else { return };
+        let intents = std::mem::take(&mut mirror.intents);
+        let clean = CleanState::default();
+        let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, Some(clean), now);
+        primary.admission_open = true;
+        let Secondary { log, checkpoint, .. } = *secondary;
+        mirror.redo = Some((log, checkpoint));
+        mirror.machine = Machine::Primary(Box::new(primary));
+        self.out.log(
+            Loudness::Warn,
+            format!("this side was promoted: it is the primary of epoch {} from position {} on", mirror.state.epoch.0, mirror.state.fork()),
+        );
+        self.present(now);
+    }
+
+    /// Pages of intent maps that no primary uses are written here.
+    pub(super) fn write_stored_intents(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        for (index, intent) in mirror.intents.iter_mut().enumerate() {
+            let volume = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
+            while let Some(write) = intent.poll_write() {
+                self.out.io(
+                    Purpose::Intent { volume, page: write.page, generation: write.generation },
+                    IoRequest::IntentWrite { volume, offset: write.file_offset, page: write.bytes },
+                );
+            }
+        }
+    }
+
+    /// `mirror stop`: nothing more is sent; changes are remembered.
+    ///
+    /// # Errors
+    /// If this side is not the primary.
+    pub fn stop(&mut self) -> Result<(), VerbRefused> {
+        let mirror = self.mirror_in_role("stop")?;
+        if !mirror.state.stopped {
+            mirror.changes.push_back(StateChange::Stopped(true));
+        }
+        Ok(())
+    }
+
+    /// `mirror start`: mirroring goes on; what waits for an operator is allowed. With `local`, a restarted primary
+    /// opens its exports without waiting for its partner.
+    ///
+    /// # Errors
+    /// If this side is not the primary.
+    pub fn start(&mut self, local: bool) -> Result<(), VerbRefused> {
+        let now = self.now;
+        let mirror = self.mirror_in_role("start")?;
+        if mirror.state.stopped {
+            mirror.changes.push_back(StateChange::Stopped(false));
+        }
+        let Machine::Primary(primary) = &mirror.machine else { return Ok(()) };
+        if primary.gate == Gate::Approval || matches!(primary.link, Link::Halted { .. }) {
+            mirror.changes.push_back(StateChange::Approve);
+        }
+        if local && !self.presented {
+            self.out.log(Loudness::Warn, "an operator opened the exports without the partner's answer".to_owned());
+            if let Some(mirror) = &mut self.mirror {
+                mirror.grace_until = None;
+            }
+            self.present(now);
+        }
+        Ok(())
+    }
+
+    fn mirror_in_role(&mut self, verb: &str) -> Result<&mut Mirror, VerbRefused> {
+        let Some(mirror) = &mut self.mirror else {
+            return Err(VerbRefused("the volume has no mirror".to_owned()));
+        };
+        match &mirror.machine {
+            Machine::Primary(_) => Ok(mirror),
+            Machine::Secondary(_) => Err(VerbRefused(format!(
+                "this side is the secondary: run 'farshore mirror {verb}' at the primary, or 'farshore mirror failover' here"
+            ))),
+            Machine::Changing(_) => {
+                Err(VerbRefused("the mirror is changing its role: wait a moment and look at 'farshore mirror show'".to_owned()))
+            }
+        }
+    }
+
+    /// What a forced failover would lose, as this side knows it.
+    ///
+    /// # Errors
+    /// If this side is no secondary with a consistent image.
+    pub fn loss(&self) -> Result<LossReport, VerbRefused> {
+        let Some(mirror) = &self.mirror else {
+            return Err(VerbRefused("the volume has no mirror".to_owned()));
+        };
+        let secondary = match &mirror.machine {
+            Machine::Secondary(secondary) => secondary,
+            Machine::Primary(_) => {
+                return Err(VerbRefused("this side is the primary already: nothing to fail over".to_owned()));
+            }
+            Machine::Changing(_) => return Err(VerbRefused("the mirror is changing its role already".to_owned())),
+        };
+        if !mirror.state.consistent {
+            return Err(VerbRefused(
+                "this side never had a complete image: failover would serve a mix; let the initial copy end first".to_owned(),
+            ));
+        }
+        if mirror.state.diverged {
+            return Err(VerbRefused(format!(
+                "this side is fenced since epoch {}: the partner is the primary; run 'farshore mirror start' there to bring this side up to date first",
+                mirror.state.epoch.0
+            )));
+        }
+        Ok(LossReport::new(secondary.tip().position, secondary.stamps, self.wall))
+    }
+
+    /// `mirror failover`: this side becomes the primary of a new epoch.
+    ///
+    /// # Errors
+    /// As [`Group::loss`].
+    pub fn failover(&mut self) -> Result<LossReport, VerbRefused> {
+        let report = self.loss()?;
+        let Some(mirror) = &mut self.mirror else { return Ok(report) };
+        if mirror.is_changing() {
+            return Err(VerbRefused("the mirror is changing its role already".to_owned()));
+        }
+        let opening = Machine::Changing(Box::new(Transition::Opening));
+        match std::mem::replace(&mut mirror.machine, opening) {
+            Machine::Secondary(mut secondary) => {
+                secondary.halt("this side is being promoted", &mut self.out);
+                let stage = PromoteStage::Quieting;
+                mirror.machine = Machine::Changing(Box::new(Transition::Promoting { secondary, stage }));
+            }
+            other => mirror.machine = other,
+        }
+        Ok(report)
+    }
+
+    /// Stops serving hosts for a clean stop of the daemon; `stopped_cleanly` says when nothing is in flight.
+    pub fn drain(&mut self) {
+        self.withdraw("farshored is stopping".to_owned());
+        if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
+            primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+        }
+    }
+
+    /// True if no host command and no copy is in flight.
+    pub fn is_drained(&self) -> bool {
+        self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
+    }
+
+    /// What the next start needs to know of a drained primary; `None` if it must compare instead.
+    pub fn clean_state(&mut self) -> Option<CleanState> {
+        if !self.is_drained() || self.volumes.iter().any(|slot| slot.volume.is_poisoned()) {
+            return None;
+        }
+        match &mut self.mirror {
+            Some(Mirror { machine: Machine::Primary(primary), .. }) => primary.clean_state(),
+            Some(_) | None => None,
+        }
+    }
+}
+
+impl Mirror {
+    fn become_secondary(&mut self, intents: Vec<IntentMap>, out: &mut Outbox) {
+        let Some((log, checkpoint)) = self.redo.take() else { return };
+        let (log, checkpoint): (RedoLog, Checkpoint) = (log, checkpoint);
+        let empty = RecoveredCuts {
+            durable: checkpoint.applied,
+            staged: None,
+            staged_cuts: Vec::new(),
+            committed_cuts: Vec::new(),
+            stamps: None,
+        };
+        let mut secondary = Secondary::new(log, checkpoint, empty);
+        secondary.compare = compare_ranges(&intents, &self.settings);
+        self.intents = intents;
+        self.machine = Machine::Secondary(Box::new(secondary));
+        assert_eq!(self.state.role, Role::Secondary, "the fence is durable");
+        out.log(Loudness::Info, format!("this side is the secondary of epoch {}", self.state.epoch.0));
+    }
+}
+
+fn clear_all(intent: &mut IntentMap) {
+    let regions: Vec<u64> = intent.set_regions().collect();
+    regions.into_iter().for_each(|region| intent.clear_region(region));
+}

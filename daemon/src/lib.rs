@@ -1,0 +1,8 @@
+//! The daemon: settings, threads, wiring.
+
+pub mod api;
+pub mod catalogue;
+pub mod group;
+pub mod settings;
+pub mod shard;
+pub mod site;

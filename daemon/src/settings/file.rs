@@ -1,0 +1,145 @@
+//! The settings file's keys, as TOML.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::{Path, PathBuf};
+
+use block::{IopsLimit, VolumeName};
+use control::Iops;
+use serde::{Deserialize, Serialize};
+
+use super::{ConsoleAddress, NbdAddress, Settings};
+
+/// Declares the file's struct, every key optional, and how one lies over another.
+macro_rules! settings_file {
+    ($($(#[$doc:meta])* $key:ident: $type:ty,)+) => {
+        /// A settings file. A key that is not given has its default; unknown keys are refused.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        pub struct SettingsFile {
+            $($(#[$doc])* #[serde(skip_serializing_if = "Option::is_none")] pub $key: Option<$type>,)+
+        }
+
+        impl SettingsFile {
+            /// These settings with those of `over` in place of them where it has any.
+            pub fn overridden_by(self, over: Self) -> Self {
+                Self {
+                    $($key: over.$key.or(self.$key),)+
+                }
+            }
+        }
+    };
+}
+
+settings_file! {
+    /// The site's name, for people. No default with `--config`; with `--dev DIR` it is DIR's name.
+    site: VolumeName,
+    /// Where catalogue, certificate and journals are. Default `/var/lib/farshore`; with `--dev DIR` it is DIR.
+    data_dir: PathBuf,
+    /// The control API's socket. Default `/run/farshore/control.sock`; with `--dev DIR` `DIR/control.sock`.
+    control_socket: PathBuf,
+    /// Where hosts connect, at most 16: `IP:PORT` or `unix:PATH`. Default `["127.0.0.1:10809"]`.
+    nbd_listen: Vec<NbdAddress>,
+    /// Allow plain-text NBD on addresses that are not loopback. Default false.
+    nbd_allow_plain: bool,
+    /// Where partners connect (UDP): `IP:PORT`. Default `127.0.0.1:10820`.
+    replication_listen: SocketAddr,
+    /// Where the console and `/metrics` are: `IP:PORT` or `off`. Default `127.0.0.1:10880`.
+    console_listen: ConsoleAddress,
+    /// The file of the key-encryption key, shared by the two sites of a mirror. Default `kek` in `data_dir`.
+    kek_file: PathBuf,
+    /// The number of shard threads, 1 to 256. Default: one a core.
+    shards: NonZeroUsize,
+    /// The smallest volume. Default 500 GiB; with `--dev` 1 MiB.
+    minimum_size_bytes: u64,
+    /// The IOPS per TiB of the classes that can be mirrored. Default `[500, 1500, 3000]`.
+    mirrored_iops_per_tib: Vec<NonZeroU32>,
+    /// The budget of a mirror's ring, at least four cuts. Default 64 MiB.
+    ring_bytes: u64,
+    /// The budget of received payloads of a shard. Default 256 MiB.
+    receive_pool_bytes: u64,
+    /// The longest time between two cuts, 1 to 1000. Default 50.
+    cut_interval_milliseconds: u64,
+    /// The payload that closes a cut early, 64 KiB to 16 MiB. Default 1 MiB.
+    cut_bytes: u64,
+    /// The size of a redo segment, at least four cuts. Default 256 MiB; with `--dev` 32 MiB.
+    redo_segment_bytes: u64,
+    /// The number of redo segments of a mirror; a resync must fit in them. Default 64; with `--dev` 16.
+    redo_segments: NonZeroU32,
+    /// The bytes behind a bit of the intent map, a power of two from 1 MiB. Default 1 MiB.
+    intent_region_bytes: u64,
+    /// The bytes to compare after a crash at which the intent map starts to clear. Default 256 GiB.
+    intent_budget_bytes: u64,
+    /// How long a restarted primary waits for its partner before it opens its exports. Default 30.
+    start_grace_seconds: u64,
+    /// The RPO budget of a mirror created without one. Default 900.
+    rpo_seconds: NonZeroU32,
+    /// The pools, as name = folder. Default: `default`, the folder `pool` in `data_dir`.
+    pools: BTreeMap<VolumeName, PathBuf>,
+    /// Storage classes beside or in place of the built-in ones, as name = IOPS per TiB or `"unlimited"`.
+    classes: BTreeMap<VolumeName, Iops>,
+}
+
+impl SettingsFile {
+    /// What `--config` starts from.
+    pub(super) fn production() -> Self {
+        Self {
+            control_socket: Some("/run/farshore/control.sock".into()),
+            ..Self::default()
+        }
+    }
+
+    /// What `--dev` starts from: everything under `directory`, and small limits.
+    pub(super) fn development(directory: &Path) -> Self {
+        let name = directory.file_name().and_then(|name| name.to_str());
+        let site = name
+            .and_then(|name| name.parse().ok())
+            .or_else(|| "dev".parse().ok());
+        Self {
+            site,
+            data_dir: Some(directory.to_owned()),
+            minimum_size_bytes: Some(1 << 20),
+            redo_segment_bytes: Some(32 << 20),
+            redo_segments: NonZeroU32::new(16),
+            ..Self::default()
+        }
+    }
+}
+
+impl From<&Settings> for SettingsFile {
+    fn from(settings: &Settings) -> Self {
+        let milliseconds = u64::try_from(settings.cut_interval.as_millis()).unwrap_or(u64::MAX);
+        let classes = settings.classes.iter().filter_map(|class| {
+            let limit = class
+                .iops_per_tib
+                .map_or(IopsLimit::Unlimited, IopsLimit::PerSecond);
+            Some((class.name.parse().ok()?, Iops(limit)))
+        });
+        Self {
+            site: Some(settings.site.clone()),
+            data_dir: Some(settings.data_dir.clone()),
+            control_socket: Some(settings.control_socket.clone()),
+            nbd_listen: Some(settings.nbd_listen.clone()),
+            nbd_allow_plain: Some(settings.nbd_allow_plain),
+            replication_listen: Some(settings.replication_listen),
+            console_listen: Some(settings.console_listen),
+            kek_file: Some(settings.kek_file.clone()),
+            shards: Some(settings.shards),
+            minimum_size_bytes: Some(settings.minimum_size.0),
+            mirrored_iops_per_tib: Some(settings.mirrored_iops_per_tib.clone()),
+            ring_bytes: Some(settings.ring.0),
+            receive_pool_bytes: Some(settings.receive_pool.0),
+            cut_interval_milliseconds: Some(milliseconds),
+            cut_bytes: Some(settings.cut.0),
+            redo_segment_bytes: Some(settings.redo_segment.0),
+            redo_segments: Some(settings.redo_segments),
+            intent_region_bytes: Some(settings.intent_region.0),
+            intent_budget_bytes: Some(settings.intent_budget.0),
+            start_grace_seconds: Some(settings.start_grace.as_secs()),
+            rpo_seconds: Some(settings.rpo_seconds),
+            pools: Some(settings.pools.clone()),
+            classes: Some(classes.collect()),
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! Settings: what the daemon is told by its file and its flags, checked as a whole before anything starts.
+//!
+//! `--config FILE` reads a TOML file (the keys are [`SettingsFile`]'s), `--dev DIR` needs none and keeps everything under
+//! DIR. Flags override the file. Unknown keys are refused; a refusal names key, value and what to do. Secrets come by
+//! file, never by value.
+
+mod address;
+mod arguments;
+mod file;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use block::{ByteCount, DATA_UNIT_BYTES, IopsLimit, StorageClass, VolumeName};
+use clap::Parser;
+use control::Iops;
+
+pub use address::{ConsoleAddress, NbdAddress};
+pub use arguments::Action;
+pub use file::SettingsFile;
+
+use arguments::Arguments;
+
+/// The longest path of a Unix socket, in bytes: what `sockaddr_un` holds, less its final zero.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+const MIB: u64 = 1 << 20;
+const REDO_SEGMENTS_DEFAULT: NonZeroU32 = NonZeroU32::new(64).unwrap();
+const RPO_SECONDS_DEFAULT: NonZeroU32 = NonZeroU32::new(900).unwrap();
+
+/// All settings, checked; see [`SettingsFile`] for what each means and its default.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// What is to be done.
+    pub action: Action,
+    /// The site's name.
+    pub site: VolumeName,
+    /// Where the site's own files are.
+    pub data_dir: PathBuf,
+    /// The pools and their folders.
+    pub pools: BTreeMap<VolumeName, PathBuf>,
+    /// The control API's socket.
+    pub control_socket: PathBuf,
+    /// Where hosts connect.
+    pub nbd_listen: Vec<NbdAddress>,
+    /// Whether hosts may connect over a network in plain text.
+    pub nbd_allow_plain: bool,
+    /// Where partners connect (UDP).
+    pub replication_listen: SocketAddr,
+    /// Where the console and `/metrics` are.
+    pub console_listen: ConsoleAddress,
+    /// The file of the key-encryption key.
+    pub kek_file: PathBuf,
+    /// The number of shard threads.
+    pub shards: NonZeroUsize,
+    /// The storage classes.
+    pub classes: Vec<StorageClass>,
+    /// The smallest volume.
+    pub minimum_size: ByteCount,
+    /// The IOPS per TiB of the classes that can be mirrored.
+    pub mirrored_iops_per_tib: Vec<NonZeroU32>,
+    /// The budget of a mirror's ring.
+    pub ring: ByteCount,
+    /// The budget of received payloads of a shard.
+    pub receive_pool: ByteCount,
+    /// The longest time between two cuts.
+    pub cut_interval: Duration,
+    /// The payload that closes a cut early.
+    pub cut: ByteCount,
+    /// The size of a redo segment.
+    pub redo_segment: ByteCount,
+    /// The number of redo segments of a mirror.
+    pub redo_segments: NonZeroU32,
+    /// The bytes behind a bit of the intent map.
+    pub intent_region: ByteCount,
+    /// The bytes to compare after a crash at which the intent map starts to clear.
+    pub intent_budget: ByteCount,
+    /// How long a restarted primary waits for its partner before it opens its exports.
+    pub start_grace: Duration,
+    /// The RPO budget of a mirror created without one.
+    pub rpo_seconds: NonZeroU32,
+}
+
+/// Why the settings are refused.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The command line is wrong, or asks for help or the version: print it and exit as it says.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+    /// The file cannot be read.
+    #[error("settings file '{}' cannot be read: {source}", .file.display())]
+    Read {
+        /// The file.
+        file: PathBuf,
+        /// The failure.
+        source: std::io::Error,
+    },
+    /// The file is not TOML, or has a key or value that is not known.
+    #[error("settings file '{}', line {line}: {reason}", .file.display())]
+    Parse {
+        /// The file.
+        file: PathBuf,
+        /// Where, from 1.
+        line: usize,
+        /// What is wrong and allowed there.
+        reason: String,
+    },
+    /// A value is not allowed.
+    #[error("setting '{key}' = {value} is not allowed: {advice}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// The value.
+        value: String,
+        /// What to do.
+        advice: String,
+    },
+    /// A setting without a default is missing.
+    #[error("setting '{key}' is missing: {advice}")]
+    Absent {
+        /// The key.
+        key: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
+}
+
+impl Settings {
+    /// Reads the command line, program name first, and the file that it names.
+    ///
+    /// # Errors
+    /// The command line or the file is wrong, or a value is not allowed.
+    pub fn from_args<T: Into<OsString> + Clone>(
+        arguments: impl IntoIterator<Item = T>,
+    ) -> Result<Self, SettingsError> {
+        let arguments = Arguments::try_parse_from(arguments)?;
+        let base = match (&arguments.config, &arguments.dev) {
+            (Some(path), _) => SettingsFile::production().overridden_by(read(path)?),
+            (None, Some(directory)) => SettingsFile::development(&absolute(directory)),
+            (None, None) => SettingsFile::production(),
+        };
+        let action = arguments.action();
+        Self::checked(base.overridden_by(arguments.overrides()), action)
+    }
+
+    /// The settings in force as a settings file: read again with `--config` it gives the same.
+    ///
+    /// # Panics
+    /// Never: what TOML cannot say, large numbers and paths that are not UTF-8, is refused when the settings are checked.
+    pub fn effective(&self) -> String {
+        let text = toml::to_string(&SettingsFile::from(self)).unwrap_or_default();
+        assert!(
+            !text.is_empty(),
+            "every setting has a form in TOML: numbers are checked to fit"
+        );
+        text
+    }
+
+    /// The class of that name.
+    pub fn class(&self, name: &str) -> Option<&StorageClass> {
+        self.classes.iter().find(|class| class.name == name)
+    }
+
+    /// True if volumes of the class can be mirrored.
+    pub fn may_mirror(&self, class: &StorageClass) -> bool {
+        class
+            .iops_per_tib
+            .is_some_and(|iops| self.mirrored_iops_per_tib.contains(&iops))
+    }
+
+    /// Fills in the defaults, and checks all.
+    fn checked(file: SettingsFile, action: Action) -> Result<Self, SettingsError> {
+        let site = file.site.ok_or(SettingsError::Absent {
+            key: "site",
+            advice: "give the site a name with site = \"NAME\" or --site NAME",
+        })?;
+        let data_dir = absolute(
+            &file
+                .data_dir
+                .unwrap_or_else(|| PathBuf::from("/var/lib/farshore")),
+        );
+        let under = |name: &str| data_dir.join(name);
+        let path = |path: Option<PathBuf>, name| absolute(&path.unwrap_or_else(|| under(name)));
+        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let mirrored = || {
+            [500, 1500, 3000]
+                .into_iter()
+                .filter_map(NonZeroU32::new)
+                .collect()
+        };
+        let bytes = |value: Option<u64>, default| ByteCount(value.unwrap_or(default));
+        let settings = Self {
+            action,
+            site,
+            pools: file
+                .pools
+                .map_or_else(|| default_pool(under("pool")), absolute_pools),
+            control_socket: path(file.control_socket, "control.sock"),
+            nbd_listen: file
+                .nbd_listen
+                .unwrap_or_else(|| vec![NbdAddress::Tcp(loopback(10_809))]),
+            nbd_allow_plain: file.nbd_allow_plain.unwrap_or(false),
+            replication_listen: file.replication_listen.unwrap_or_else(|| loopback(10_820)),
+            console_listen: file
+                .console_listen
+                .unwrap_or_else(|| ConsoleAddress::Tcp(loopback(10_880))),
+            kek_file: path(file.kek_file, "kek"),
+            shards: file.shards.unwrap_or(cores),
+            classes: classes(file.classes.unwrap_or_default()),
+            minimum_size: bytes(file.minimum_size_bytes, 500 << 30),
+            mirrored_iops_per_tib: file.mirrored_iops_per_tib.unwrap_or_else(mirrored),
+            ring: bytes(file.ring_bytes, 64 * MIB),
+            receive_pool: bytes(file.receive_pool_bytes, 256 * MIB),
+            cut_interval: Duration::from_millis(file.cut_interval_milliseconds.unwrap_or(50)),
+            cut: bytes(file.cut_bytes, MIB),
+            redo_segment: bytes(file.redo_segment_bytes, 256 * MIB),
+            redo_segments: file.redo_segments.unwrap_or(REDO_SEGMENTS_DEFAULT),
+            intent_region: bytes(file.intent_region_bytes, MIB),
+            intent_budget: bytes(file.intent_budget_bytes, 256 << 30),
+            start_grace: Duration::from_secs(file.start_grace_seconds.unwrap_or(30)),
+            rpo_seconds: file.rpo_seconds.unwrap_or(RPO_SECONDS_DEFAULT),
+            data_dir,
+        };
+        settings.check_places()?;
+        settings.check_numbers()?;
+        Ok(settings)
+    }
+
+    fn check_places(&self) -> Result<(), SettingsError> {
+        let paths = [&self.data_dir, &self.control_socket, &self.kek_file];
+        for path in paths.into_iter().chain(self.pools.values()) {
+            if path.to_str().is_none() {
+                return Err(refuse(
+                    "data_dir",
+                    path.display(),
+                    "a path must be UTF-8 text; choose another",
+                ));
+            }
+        }
+        if self.pools.is_empty() {
+            return Err(refuse(
+                "pools",
+                "{}",
+                "name at least one pool, as in default = \"/var/lib/farshore/pool\"",
+            ));
+        }
+        for path in self.pools.values() {
+            let same = self.pools.values().filter(|other| *other == path).count();
+            if same > 1 {
+                return Err(refuse("pools", path.display(), "give each pool its own folder"));
+            }
+        }
+        check_socket("control_socket", &self.control_socket)?;
+        between(
+            "nbd_listen",
+            u64::try_from(self.nbd_listen.len()).unwrap_or(u64::MAX),
+            1,
+            16,
+        )?;
+        for address in &self.nbd_listen {
+            match address {
+                NbdAddress::Unix(path) => check_socket("nbd_listen", path)?,
+                NbdAddress::Tcp(address) if address.ip().is_loopback() || self.nbd_allow_plain => {}
+                NbdAddress::Tcp(address) => {
+                    let advice = "NBD without TLS would cross the network in plain text; use a loopback address or \
+                                  unix:PATH, or set nbd_allow_plain = true where the network itself is trusted";
+                    return Err(refuse("nbd_listen", address, advice));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_numbers(&self) -> Result<(), SettingsError> {
+        let milliseconds = u64::try_from(self.cut_interval.as_millis()).unwrap_or(u64::MAX);
+        between(
+            "shards",
+            u64::try_from(self.shards.get()).unwrap_or(u64::MAX),
+            1,
+            256,
+        )?;
+        between(
+            "minimum_size_bytes",
+            self.minimum_size.0,
+            DATA_UNIT_BYTES,
+            1 << 50,
+        )?;
+        between("cut_interval_milliseconds", milliseconds, 1, 1000)?;
+        between("cut_bytes", self.cut.0, 64 << 10, 16 * MIB)?;
+        // A ring must hold the cut that is on its way and the one that fills.
+        between("ring_bytes", self.ring.0, self.cut.0.saturating_mul(4), 1 << 40)?;
+        between("receive_pool_bytes", self.receive_pool.0, 4 * MIB, 1 << 40)?;
+        between(
+            "redo_segment_bytes",
+            self.redo_segment.0,
+            self.cut.0.saturating_mul(4),
+            16 << 30,
+        )?;
+        between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
+        between(
+            "intent_budget_bytes",
+            self.intent_budget.0,
+            self.intent_region.0,
+            1 << 50,
+        )?;
+        between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
+        between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
+        between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;
+        if !self.intent_region.0.is_power_of_two() {
+            return Err(refuse(
+                "intent_region_bytes",
+                self.intent_region.0,
+                "give a power of two",
+            ));
+        }
+        for (key, value) in [
+            ("minimum_size_bytes", self.minimum_size),
+            ("redo_segment_bytes", self.redo_segment),
+            ("cut_bytes", self.cut),
+        ] {
+            if !value.0.is_multiple_of(DATA_UNIT_BYTES) {
+                return Err(refuse(key, value.0, "give a multiple of 4096"));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> Result<SettingsFile, SettingsError> {
+    let text = std::fs::read_to_string(path).map_err(|source| SettingsError::Read {
+        file: path.to_owned(),
+        source,
+    })?;
+    toml::from_str(&text).map_err(|error| {
+        let start = error.span().map_or(0, |span| span.start);
+        let before = text.get(..start).unwrap_or(&text);
+        SettingsError::Parse {
+            file: path.to_owned(),
+            line: before.matches('\n').count().saturating_add(1),
+            reason: error.message().replace('\n', " "),
+        }
+    })
+}
+
+/// The built-in classes with the file's over and beside them.
+fn classes(own: BTreeMap<VolumeName, Iops>) -> Vec<StorageClass> {
+    let mut classes = StorageClass::built_in();
+    for (name, iops) in own {
+        let iops_per_tib = match iops.0 {
+            IopsLimit::Unlimited => None,
+            IopsLimit::PerSecond(iops) => Some(iops),
+        };
+        match classes.iter_mut().find(|class| class.name == name.as_str()) {
+            Some(class) => class.iops_per_tib = iops_per_tib,
+            None => classes.push(StorageClass {
+                name: name.into(),
+                iops_per_tib,
+            }),
+        }
+    }
+    classes
+}
+
+fn default_pool(folder: PathBuf) -> BTreeMap<VolumeName, PathBuf> {
+    VolumeName::try_from("default".to_owned())
+        .map(|name| (name, folder))
+        .into_iter()
+        .collect()
+}
+
+fn absolute_pools(pools: BTreeMap<VolumeName, PathBuf>) -> BTreeMap<VolumeName, PathBuf> {
+    pools
+        .into_iter()
+        .map(|(name, path)| (name, absolute(&path)))
+        .collect()
+}
+
+/// The path from the root on, so that a later change of the working directory changes nothing.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+fn check_socket(key: &'static str, path: &Path) -> Result<(), SettingsError> {
+    if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        let advice =
+            format!("a Unix socket's path has at most {SOCKET_PATH_BYTES_MAX} bytes; choose a shorter one");
+        return Err(refuse(key, path.display(), advice));
+    }
+    Ok(())
+}
+
+fn between(key: &'static str, value: u64, least: u64, most: u64) -> Result<(), SettingsError> {
+    if (least..=most).contains(&value) {
+        return Ok(());
+    }
+    Err(refuse(key, value, format!("give {least} to {most}")))
+}
+
+fn refuse(key: &'static str, value: impl std::fmt::Display, advice: impl Into<String>) -> SettingsError {
+    SettingsError::Value {
+        key,
+        value: value.to_string(),
+        advice: advice.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

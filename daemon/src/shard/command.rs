@@ -1,0 +1,251 @@
+//! What the rest of the daemon asks of a shard, and what a shard asks of the rest.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+
+use block::VolumeId;
+use bytes::Bytes;
+use crypto::VolumeCipher;
+use frontend::nbd::Negotiated;
+use protocol::{GroupState, Hello};
+use replicator::SessionHandle;
+use store::{File, Socket, Waker};
+use tokio::sync::oneshot;
+
+use crate::group::{
+    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorSettings, MirrorSnapshot, OpenedMirror,
+    VerbRefused, VolumeSnapshot,
+};
+
+/// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
+const COMMANDS_MAX: usize = 4096;
+
+/// A group on a shard; never used again for another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GroupKey(pub u64);
+
+/// The files and keys of a volume.
+pub struct VolumeFiles {
+    /// Its identity.
+    pub id: VolumeId,
+    /// Its name, for metrics.
+    pub name: String,
+    /// Its home.
+    pub home: File,
+    /// Its intent map, if it is mirrored.
+    pub intent: Option<File>,
+    /// `None` while its key is not unwrapped: a secondary's.
+    pub cipher: Option<Arc<VolumeCipher>>,
+}
+
+/// The files of a mirror's redo log.
+#[derive(Clone)]
+pub struct RedoFiles {
+    /// Segment files in the order of their index.
+    pub segments: Vec<File>,
+    /// The two checkpoint slots.
+    pub checkpoint: File,
+}
+
+/// What a new group starts as.
+pub enum GroupStart {
+    /// Volumes without a mirror.
+    Alone(Vec<GroupVolume>),
+    /// A mirrored group.
+    Mirrored(Box<MirroredStart>),
+}
+
+/// A mirrored group's start.
+pub struct MirroredStart {
+    /// Its settings.
+    pub settings: MirrorSettings,
+    /// Its durable state.
+    pub state: GroupState,
+    /// What was read from its files.
+    pub opened: OpenedMirror,
+    /// Its redo log's files.
+    pub redo: RedoFiles,
+}
+
+/// What an operator may do with a mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// Stop mirroring.
+    Stop,
+    /// Go on; with `local` a restarted primary opens without its partner.
+    Start {
+        /// See [`crate::group::Group::start`].
+        local: bool,
+    },
+    /// Say what a failover would lose.
+    Loss,
+    /// Promote this side.
+    Failover,
+}
+
+/// A group as operators see it.
+pub struct GroupSnapshot {
+    /// Hosts are served; else why not.
+    pub presented: Result<(), String>,
+    /// In index order.
+    pub volumes: Vec<VolumeSnapshot>,
+    /// Open connections, by volume index.
+    pub connections: Vec<usize>,
+    /// The mirror.
+    pub mirror: Option<MirrorSnapshot>,
+    /// Its durable state.
+    pub state: Option<GroupState>,
+}
+
+/// The outcome of a verb.
+pub type VerbResult = Result<Option<LossReport>, VerbRefused>;
+
+/// A request to a shard.
+pub enum ShardCommand {
+    /// Serve a group.
+    Add {
+        /// Its key.
+        key: GroupKey,
+        /// Its volumes' files, in index order.
+        files: Vec<VolumeFiles>,
+        /// What it starts as.
+        start: GroupStart,
+    },
+    /// Stop serving a group; answered when its last operation ended.
+    Remove {
+        /// Which.
+        key: GroupKey,
+        /// Told when it is gone.
+        done: oneshot::Sender<()>,
+    },
+    /// Make a group the primary of a new mirror.
+    Attach {
+        /// Which.
+        key: GroupKey,
+        /// The volumes' intent files, in index order.
+        intents: Vec<File>,
+        /// The mirror.
+        start: Box<MirroredStart>,
+    },
+    /// Take a group's mirror away.
+    Detach {
+        /// Which.
+        key: GroupKey,
+    },
+    /// A volume's key was unwrapped.
+    Unlock {
+        /// Which group.
+        key: GroupKey,
+        /// In index order.
+        ciphers: Vec<Arc<VolumeCipher>>,
+    },
+    /// A host's connection after its handshake.
+    Connect {
+        /// Which group.
+        key: GroupKey,
+        /// Which volume of it.
+        volume: VolumeId,
+        /// The connection.
+        socket: Socket,
+        /// What was agreed on.
+        negotiated: Negotiated,
+        /// Bytes received behind the handshake.
+        early: Bytes,
+    },
+    /// The session that a group asked for.
+    Dialed {
+        /// Which group.
+        key: GroupKey,
+        /// The session, or why there is none.
+        session: Result<SessionHandle, String>,
+    },
+    /// The partner's session, with its hello.
+    Greeted {
+        /// Which group.
+        key: GroupKey,
+        /// The session.
+        session: SessionHandle,
+        /// Its hello.
+        hello: Hello,
+    },
+    /// The group's state was stored, or not.
+    Persisted {
+        /// Which group.
+        key: GroupKey,
+        /// What asked for it.
+        io: IoId,
+        /// The outcome.
+        result: Result<(), IoFailure>,
+    },
+    /// A verb.
+    Verb {
+        /// Which group.
+        key: GroupKey,
+        /// What to do.
+        verb: Verb,
+        /// The outcome.
+        done: oneshot::Sender<VerbResult>,
+    },
+    /// How is a group?
+    Snapshot {
+        /// Which.
+        key: GroupKey,
+        /// The answer; dropped if the group is unknown.
+        done: oneshot::Sender<GroupSnapshot>,
+    },
+    /// Stop serving hosts; answered when everything in flight ended, with each primary's clean state.
+    Drain {
+        /// The answer.
+        done: oneshot::Sender<Vec<(GroupKey, Option<CleanState>)>>,
+    },
+    /// End the thread.
+    Stop,
+}
+
+/// What a shard tells the daemon.
+pub enum ShardNews {
+    /// Open a session to the group's partner.
+    Dial(GroupKey),
+    /// Store the group's state, then answer with [`ShardCommand::Persisted`].
+    Persist {
+        /// Which group.
+        key: GroupKey,
+        /// To be carried back.
+        io: IoId,
+        /// What to store.
+        state: Box<GroupState>,
+    },
+    /// Hosts may open the group's volumes.
+    Presented(GroupKey),
+    /// Hosts may not, for this reason.
+    Withdrawn(GroupKey, String),
+}
+
+/// The way to a shard.
+#[derive(Clone)]
+pub struct ShardHandle {
+    sender: SyncSender<ShardCommand>,
+    waker: Waker,
+}
+
+impl ShardHandle {
+    /// A handle and the shard's end of its queue.
+    pub(super) fn pair(waker: Waker) -> (Self, Receiver<ShardCommand>) {
+        let (sender, receiver) = sync_channel(COMMANDS_MAX);
+        (Self { sender, waker }, receiver)
+    }
+
+    /// Queues a command and wakes the shard. False if the shard has ended. Waits only while the queue is full.
+    pub fn send(&self, command: ShardCommand) -> bool {
+        let sent = match self.sender.try_send(command) {
+            Ok(()) => true,
+            Err(TrySendError::Full(command)) => {
+                self.waker.wake();
+                self.sender.send(command).is_ok()
+            }
+            Err(TrySendError::Disconnected(_)) => false,
+        };
+        self.waker.wake();
+        sent
+    }
+}

@@ -1,0 +1,422 @@
+//! Host connections: receive, parse, hand commands to the group, send replies.
+//!
+//! A small write's payload is copied once, from the receive buffer to its own aligned buffer; the rest of a larger one
+//! is received straight into it. A connection that has too much on its way is not read from: that is the back-pressure.
+
+use block::{HostCommand, Monotonic, VolumeId, VolumeIndex};
+use bytes::{Bytes, BytesMut};
+use engine::CommandId;
+use frontend::nbd::{Cookie, Event, Negotiated, Transmission};
+use store::{Buffer, Operation, Payload, Socket};
+
+use super::datapath::{HostPayload, Pending, Request};
+use super::{GroupKey, Shard, monotonic};
+
+/// Bytes received at once.
+const RECEIVE_BYTES: usize = 64 << 10;
+/// Commands of one connection on their way; clients keep far fewer.
+const COMMANDS_MAX: usize = 512;
+/// Pieces of replies gathered into one send; the kernel takes 1024.
+const PIECES_MAX: usize = 512;
+
+/// A connection on this shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct ConnectionId(pub(super) usize);
+
+/// A write whose payload is still arriving.
+struct Arriving {
+    cookie: Cookie,
+    command: HostCommand,
+    buffer: Buffer,
+    filled: usize,
+}
+
+/// A read or write that waits for memory.
+#[derive(Clone, Copy)]
+struct Waiting {
+    cookie: Cookie,
+    command: HostCommand,
+    length: usize,
+}
+
+enum Intake {
+    /// Nothing is being received: commands or memory are awaited.
+    Paused,
+    /// A receive is on its way.
+    Receiving,
+    /// No more is read.
+    Ended,
+}
+
+/// One host connection.
+pub(super) struct Connection {
+    pub(super) key: GroupKey,
+    pub(super) volume: VolumeIndex,
+    socket: Socket,
+    transmission: Transmission,
+    intake: Intake,
+    /// The receive buffer while it is not with the kernel, and which part of it is not parsed.
+    input: Option<Buffer>,
+    unparsed: std::ops::Range<usize>,
+    arriving: Option<Arriving>,
+    waiting: Option<Waiting>,
+    commands: usize,
+    heads: BytesMut,
+    output: Vec<Bytes>,
+    sending: bool,
+    /// Closes as soon as its commands are answered.
+    ending: bool,
+    closed: bool,
+}
+
+impl Connection {
+    /// Moves the reply heads written so far behind the pieces before them.
+    fn seal_heads(&mut self) {
+        if !self.heads.is_empty() {
+            self.output.push(self.heads.split().freeze());
+        }
+    }
+}
+
+impl Shard {
+    pub(super) fn connect(
+        &mut self,
+        key: GroupKey,
+        volume: VolumeId,
+        socket: Socket,
+        negotiated: &Negotiated,
+        early: &Bytes,
+    ) {
+        let index = self.volume_index(key, volume);
+        let served = self.groups.get_mut(&key).filter(|served| served.group.is_presented());
+        let (Some(index), Some(served)) = (index, served) else {
+            // The export went away between the handshake and now; the client sees the connection close.
+            let _ = socket.shutdown();
+            return;
+        };
+        let mut input = self.pool.take_over(RECEIVE_BYTES.max(early.len()));
+        let parsed = early.len();
+        if let Some(start) = input.get_mut(..parsed) {
+            start.copy_from_slice(early);
+        }
+        let id = ConnectionId(self.connections.insert(Connection {
+            key,
+            volume: index,
+            socket,
+            transmission: Transmission::new(negotiated),
+            intake: Intake::Paused,
+            input: Some(input),
+            unparsed: 0..parsed,
+            arriving: None,
+            waiting: None,
+            commands: 0,
+            heads: BytesMut::new(),
+            output: Vec::new(),
+            sending: false,
+            ending: false,
+            closed: false,
+        }));
+        served.connections.insert(id);
+        self.parse(id);
+    }
+
+    /// Uses what was received, then asks for more.
+    fn parse(&mut self, id: ConnectionId) {
+        loop {
+            let Some(connection) = self.connections.get_mut(id.0) else { return };
+            if connection.closed || connection.arriving.is_some() || connection.waiting.is_some() {
+                break;
+            }
+            if connection.commands >= COMMANDS_MAX {
+                return;
+            }
+            let Some(input) = &connection.input else { return };
+            let unparsed = input.get(connection.unparsed.clone()).unwrap_or_default();
+            let parsed = connection.transmission.parse(unparsed);
+            connection.unparsed.start += parsed.consumed;
+            match parsed.event {
+                Event::NeedMore => break,
+                Event::Request { cookie, command } => {
+                    let length = match command {
+                        HostCommand::Read { range } => usize::try_from(range.length()).unwrap_or(usize::MAX),
+                        HostCommand::Write { .. }
+                        | HostCommand::Flush
+                        | HostCommand::Trim { .. }
+                        | HostCommand::WriteZeroes { .. } => 0,
+                    };
+                    connection.waiting = Some(Waiting { cookie, command, length });
+                    self.take_memory(id);
+                }
+                Event::WritePayload { cookie, command, length } => {
+                    let length = usize::try_from(length).unwrap_or(usize::MAX);
+                    connection.waiting = Some(Waiting { cookie, command, length });
+                    self.take_memory(id);
+                }
+                Event::Served { cookie } => {
+                    let style = connection.transmission.reply_style();
+                    style.put_success(&mut connection.heads, cookie);
+                    self.flushing.insert(id);
+                }
+                Event::Refused { cookie, refusal } => {
+                    let style = connection.transmission.reply_style();
+                    style.put_refusal(&mut connection.heads, cookie, refusal);
+                    self.flushing.insert(id);
+                }
+                Event::Disconnect => {
+                    connection.intake = Intake::Ended;
+                    self.flushing.insert(id);
+                    return;
+                }
+                Event::Broken(reason) => {
+                    tracing::debug!(%reason, "a host's connection is dropped");
+                    self.close(id);
+                    return;
+                }
+            }
+        }
+        self.receive_more(id);
+    }
+
+    /// Charges a waiting command's bytes to the budget of requests on their way and goes on with it: a write gets its
+    /// buffer and what was received of its payload already.
+    ///
+    /// The ring of a mirror has a budget of its own, so a partner that does not take what is sent starves no host.
+    fn take_memory(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(Waiting { cookie, command, length }) = connection.waiting else { return };
+        if self.request_bytes > 0 && self.request_bytes + length > self.request_bytes_max {
+            self.starved.insert(id);
+            return;
+        }
+        self.request_bytes += length;
+        connection.waiting = None;
+        if !matches!(command, HostCommand::Write { .. }) {
+            return self.submit_command(id, cookie, command, HostPayload::Nothing);
+        }
+        let mut buffer = self.pool.take_over(length);
+        let available = connection.unparsed.len().min(length);
+        let start = connection.unparsed.start;
+        let received = connection.input.as_ref().and_then(|input| input.get(start..start + available));
+        if let (Some(received), Some(target)) = (received, buffer.get_mut(..available)) {
+            target.copy_from_slice(received);
+        }
+        connection.unparsed.start += available;
+        if available == length {
+            self.submit_command(id, cookie, command, HostPayload::Whole(buffer));
+        } else {
+            connection.arriving = Some(Arriving { cookie, command, buffer, filled: available });
+        }
+    }
+
+    /// Connections that waited for memory try again.
+    pub(super) fn feed_starved(&mut self) {
+        for id in std::mem::take(&mut self.starved) {
+            let waits = self.connections.get(id.0).is_some_and(|connection| connection.waiting.is_some());
+            if waits {
+                self.take_memory(id);
+                self.parse(id);
+            }
+        }
+    }
+
+    fn receive_more(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        if !matches!(connection.intake, Intake::Paused) || connection.closed || connection.waiting.is_some() {
+            return;
+        }
+        let socket = connection.socket.clone();
+        let (pending, buffer, range, fill) = match connection.arriving.take() {
+            Some(Arriving { cookie, command, buffer, filled }) => {
+                let range = filled..buffer.len();
+                (Pending::ReceivePayload { id, cookie, command }, buffer, range, true)
+            }
+            None => {
+                let Some(input) = connection.input.take() else { return };
+                assert!(connection.unparsed.is_empty(), "a parser that needs more has used everything");
+                let range = 0..input.len();
+                (Pending::Receive { id }, input, range, false)
+            }
+        };
+        connection.intake = Intake::Receiving;
+        self.submit(pending, Operation::Receive { socket, buffer, range, fill });
+    }
+
+    pub(super) fn received(&mut self, id: ConnectionId, buffer: Buffer, count: Option<usize>) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        connection.input = Some(buffer);
+        connection.unparsed = 0..count.unwrap_or(0);
+        self.received_some(id, count.unwrap_or(0) > 0);
+    }
+
+    pub(super) fn received_payload(
+        &mut self,
+        id: ConnectionId,
+        cookie: Cookie,
+        command: HostCommand,
+        buffer: Buffer,
+        whole: bool,
+    ) {
+        let open = self.connections.get(id.0).is_some_and(|connection| !connection.closed);
+        if whole && open {
+            self.submit_command(id, cookie, command, HostPayload::Whole(buffer));
+        } else {
+            self.release_memory(&command);
+        }
+        self.received_some(id, whole);
+    }
+
+    fn received_some(&mut self, id: ConnectionId, some: bool) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        if connection.closed || !some {
+            connection.intake = Intake::Ended;
+            return self.close(id);
+        }
+        if matches!(connection.intake, Intake::Receiving) {
+            connection.intake = Intake::Paused;
+        }
+        self.parse(id);
+    }
+
+    /// A command's bytes are no longer on their way.
+    pub(super) fn release_memory(&mut self, command: &HostCommand) {
+        let length = match command {
+            HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
+            HostCommand::Flush | HostCommand::Trim { .. } | HostCommand::WriteZeroes { .. } => 0,
+        };
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        assert!(length <= self.request_bytes, "a command's bytes are charged once");
+        self.request_bytes -= length;
+    }
+
+    fn submit_command(&mut self, id: ConnectionId, cookie: Cookie, command: HostCommand, payload: HostPayload) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        connection.commands += 1;
+        let (key, volume) = (connection.key, connection.volume);
+        self.last_request += 1;
+        let request = CommandId(self.last_request);
+        let started: Monotonic = monotonic();
+        self.requests.insert(
+            request.0,
+            Request { connection: Some(id), key, volume, cookie, command, payload, parts: Vec::new(), started },
+        );
+        if let Some(served) = self.groups.get_mut(&key) {
+            served.group.set_clocks(started, super::wall());
+            served.group.submit(volume, request, command);
+            self.touched.insert(key);
+        }
+    }
+
+    /// Appends the answer to a command; `data` is a read's bytes in order.
+    pub(super) fn reply(&mut self, request: &Request, result: block::HostResult, data: Vec<Bytes>) {
+        let Some(id) = request.connection else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        connection.commands = connection.commands.saturating_sub(1);
+        let style = connection.transmission.reply_style();
+        match (result, request.command) {
+            (Err(error), _) => style.put_error(&mut connection.heads, request.cookie, error, ""),
+            (Ok(()), HostCommand::Read { range }) => {
+                style.put_read_head(&mut connection.heads, request.cookie, range);
+                connection.seal_heads();
+                connection.output.extend(data);
+            }
+            (
+                Ok(()),
+                HostCommand::Write { .. }
+                | HostCommand::Flush
+                | HostCommand::Trim { .. }
+                | HostCommand::WriteZeroes { .. },
+            ) => style.put_success(&mut connection.heads, request.cookie),
+        }
+        self.flushing.insert(id);
+    }
+
+    /// Sends what has gathered, one send a connection.
+    pub(super) fn send_replies(&mut self) {
+        for id in std::mem::take(&mut self.flushing) {
+            self.send_gathered(id);
+            // A connection that was paused by too many commands goes on.
+            let idle = self.connections.get(id.0).is_some_and(|connection| {
+                matches!(connection.intake, Intake::Paused) && connection.commands < COMMANDS_MAX
+            });
+            if idle {
+                self.parse(id);
+            }
+        }
+    }
+
+    fn send_gathered(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        if connection.sending || connection.closed {
+            return;
+        }
+        connection.seal_heads();
+        if connection.output.is_empty() {
+            let ended = connection.ending || matches!(connection.intake, Intake::Ended);
+            let over = ended && connection.commands == 0;
+            if over {
+                self.close(id);
+            }
+            return;
+        }
+        let count = connection.output.len().min(PIECES_MAX);
+        let rest = connection.output.split_off(count);
+        let pieces = std::mem::replace(&mut connection.output, rest);
+        connection.sending = true;
+        let socket = connection.socket.clone();
+        self.submit(Pending::Send { id }, Operation::Send { socket, data: Payload::Many(pieces) });
+    }
+
+    pub(super) fn sent(&mut self, id: ConnectionId, ok: bool) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        connection.sending = false;
+        if !ok || connection.closed {
+            return self.close(id);
+        }
+        self.flushing.insert(id);
+    }
+
+    /// Closes a connection: commands that have not begun are dropped, the others end without a reply.
+    pub(super) fn close(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        if !connection.closed {
+            connection.closed = true;
+            let _ = connection.socket.shutdown();
+            let key = connection.key;
+            self.forget_requests(id);
+            if let Some(served) = self.groups.get_mut(&key) {
+                served.connections.remove(&id);
+                self.touched.insert(key);
+            }
+        }
+        let Some(connection) = self.connections.get(id.0) else { return };
+        if !connection.sending && !matches!(connection.intake, Intake::Receiving) {
+            self.connections.remove(id.0);
+            self.flushing.remove(&id);
+            self.starved.remove(&id);
+        }
+    }
+
+    /// Ends a group's connections once their commands are answered: no more is read from them.
+    pub(super) fn end_connections(&mut self, key: GroupKey) {
+        let ids: Vec<ConnectionId> =
+            self.groups.get(&key).map(|served| served.connections.iter().copied().collect()).unwrap_or_default();
+        for id in ids {
+            if let Some(connection) = self.connections.get_mut(id.0) {
+                connection.ending = true;
+                self.flushing.insert(id);
+            }
+        }
+    }
+
+    /// Closes a group's connections at once.
+    pub(super) fn close_connections(&mut self, key: GroupKey, reason: &str) {
+        let ids: Vec<ConnectionId> =
+            self.groups.get(&key).map(|served| served.connections.iter().copied().collect()).unwrap_or_default();
+        if !ids.is_empty() {
+            tracing::info!(count = ids.len(), reason, "host connections are closed");
+        }
+        for id in ids {
+            self.close(id);
+        }
+    }
+}

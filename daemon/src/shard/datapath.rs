@@ -1,0 +1,444 @@
+//! The effects of a group on its home files, and the ends of the operations.
+
+use block::{ByteRange, DATA_UNIT_BYTES, HostCommand, HostError, HostResult, Lba, Monotonic, VolumeIndex};
+use bytes::Bytes;
+use engine::{CommandId, StepId};
+use frontend::nbd::Cookie;
+use store::{Buffer, Completion, File, Operation, Payload};
+
+use super::connection::ConnectionId;
+use super::mirror_io::IoTarget;
+use super::sealing::{Job, Then};
+use super::{GroupKey, Shard, ShardNews, monotonic};
+use crate::group::{Effect, IoId, Loudness};
+
+const UNIT: usize = 4096;
+/// errno of an operation that a file system does not know.
+const EOPNOTSUPP: i32 = 95;
+const ENOSPC: i32 = 28;
+
+/// A write command's bytes.
+pub(super) enum HostPayload {
+    /// No payload: reads, flushes, trims, zeroes; or it was taken.
+    Nothing,
+    /// All of it, in memory that nobody else sees.
+    Whole(Buffer),
+}
+
+/// A host's command on its way.
+pub(super) struct Request {
+    pub(super) connection: Option<ConnectionId>,
+    pub(super) key: GroupKey,
+    pub(super) volume: VolumeIndex,
+    pub(super) cookie: Cookie,
+    pub(super) command: HostCommand,
+    pub(super) payload: HostPayload,
+    /// A read's bytes as its steps end: offset and data.
+    pub(super) parts: Vec<(u64, Bytes)>,
+    pub(super) started: Monotonic,
+}
+
+/// A write step whose partial units are being read.
+pub(super) struct Merge {
+    key: GroupKey,
+    volume: VolumeIndex,
+    step: StepId,
+    device: ByteRange,
+    wanted: ByteRange,
+    /// The whole device range, with the host's bytes in place.
+    buffer: Option<Buffer>,
+    /// Units that are still to be read, by offset.
+    reads: Vec<u64>,
+}
+
+/// What a submitted operation is for.
+pub(super) enum Pending {
+    Receive { id: ConnectionId },
+    ReceivePayload { id: ConnectionId, cookie: Cookie, command: HostCommand },
+    Send { id: ConnectionId },
+    Read { key: GroupKey, volume: VolumeIndex, step: StepId, command: CommandId, device: ByteRange, wanted: ByteRange },
+    Merge(Box<Merge>),
+    Write { key: GroupKey, volume: VolumeIndex, step: StepId },
+    ZeroRange { key: GroupKey, volume: VolumeIndex, step: StepId, device: ByteRange },
+    /// Zeros written where ZERO_RANGE is not known.
+    ZeroWritten { key: GroupKey, volume: VolumeIndex, step: StepId },
+    Flush { key: GroupKey, volume: VolumeIndex, step: StepId },
+    Io { key: GroupKey, io: IoId, target: IoTarget },
+}
+
+impl Shard {
+    pub(super) fn perform(&mut self, key: GroupKey, effect: Effect) {
+        match effect {
+            Effect::Read { volume, step, command, device, wanted } => {
+                self.read(Pending::Read { key, volume, step, command, device, wanted }, key, volume, device);
+            }
+            Effect::Prepare { volume, step, command, device, wanted, read_head, read_tail } => {
+                self.prepare(key, volume, step, command, device, wanted, read_head, read_tail);
+            }
+            Effect::Write { volume, step, device, data, durable } => {
+                let data = data.unwrap_or_else(|| self.zeros(device.length()));
+                self.write(Pending::Write { key, volume, step }, key, volume, device.offset(), data, durable);
+            }
+            Effect::ZeroRange { volume, step, device } => {
+                let pending = Pending::ZeroRange { key, volume, step, device };
+                self.on_home(key, volume, pending, |file| Operation::ZeroRange {
+                    file,
+                    offset: device.offset(),
+                    length: device.length(),
+                });
+            }
+            Effect::Flush { volume, step } => {
+                let pending = Pending::Flush { key, volume, step };
+                self.on_home(key, volume, pending, |file| Operation::Fdatasync { file });
+            }
+            Effect::Reply { command, result, .. } => self.answer(command, result),
+            Effect::Io { io, request } => self.perform_io(key, io, request),
+            Effect::Dial => self.tell(ShardNews::Dial(key)),
+            Effect::Send { session, frame } => self.send_frame(key, session, frame),
+            Effect::SendCut { session, chunks } => self.send_cut(key, session, chunks),
+            Effect::CloseSession { session, reason } => self.close_session(key, session, &reason),
+            Effect::Present => self.tell(ShardNews::Presented(key)),
+            Effect::Withdraw { reason } => {
+                self.tell(ShardNews::Withdrawn(key, reason));
+                self.end_connections(key);
+            }
+            Effect::Log { loudness, text } => self.log(key, loudness, &text),
+        }
+    }
+
+    fn log(&self, key: GroupKey, loudness: Loudness, text: &str) {
+        let names = self.groups.get(&key).map(|served| {
+            let names: Vec<&str> = served.volumes.iter().map(|volume| volume.files.name.as_str()).collect();
+            names.join(",")
+        });
+        let volumes = names.unwrap_or_default();
+        match loudness {
+            Loudness::Info => tracing::info!(volumes, "{text}"),
+            Loudness::Warn => tracing::warn!(volumes, "{text}"),
+            Loudness::Error => tracing::error!(volumes, "{text}"),
+        }
+    }
+
+    /// Raw zeros of a step's length.
+    pub(super) fn zeros(&self, length: u64) -> Bytes {
+        let length = usize::try_from(length).unwrap_or(usize::MAX).min(self.zeros.len());
+        self.zeros.slice(..length)
+    }
+
+    fn home(&self, key: GroupKey, volume: VolumeIndex) -> Option<File> {
+        let served = self.groups.get(&key)?;
+        Some(served.volumes.get(usize::from(volume.0))?.files.home.clone())
+    }
+
+    pub(super) fn on_home(
+        &mut self,
+        key: GroupKey,
+        volume: VolumeIndex,
+        pending: Pending,
+        operation: impl FnOnce(File) -> Operation,
+    ) {
+        let Some(file) = self.home(key, volume) else { return };
+        self.count(key, 1);
+        self.submit(pending, operation(file));
+    }
+
+    /// Counts a group's operations on their way.
+    pub(super) fn count(&mut self, key: GroupKey, change: isize) {
+        if let Some(served) = self.groups.get_mut(&key) {
+            served.outstanding = served.outstanding.saturating_add_signed(change);
+        }
+    }
+
+    pub(super) fn read(&mut self, pending: Pending, key: GroupKey, volume: VolumeIndex, range: ByteRange) {
+        let length = usize::try_from(range.length()).unwrap_or(usize::MAX);
+        let buffer = self.pool.take_over(length);
+        self.on_home(key, volume, pending, |file| Operation::Read {
+            file,
+            offset: range.offset(),
+            buffer,
+            range: 0..length,
+        });
+    }
+
+    pub(super) fn write(
+        &mut self,
+        pending: Pending,
+        key: GroupKey,
+        volume: VolumeIndex,
+        offset: u64,
+        data: Bytes,
+        durable: bool,
+    ) {
+        let data = Payload::One(self.aligned(data));
+        self.on_home(key, volume, pending, |file| Operation::Write { file, offset, data, durable });
+    }
+
+    /// The same bytes at an address that direct I/O takes.
+    pub(super) fn aligned(&self, data: Bytes) -> Bytes {
+        if data.as_ptr().align_offset(UNIT) == 0 {
+            return data;
+        }
+        let mut buffer = self.pool.take_over(data.len());
+        buffer.copy_from_slice(&data);
+        buffer.freeze()
+    }
+
+    /// Builds the plaintext of a write step, reading the units that it keeps parts of.
+    #[expect(clippy::too_many_arguments, reason = "the fields of one effect")]
+    fn prepare(
+        &mut self,
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+        command: CommandId,
+        device: ByteRange,
+        wanted: ByteRange,
+        read_head: bool,
+        read_tail: bool,
+    ) {
+        let Some(buffer) = self.step_buffer(command, device, wanted) else {
+            return self.with_group(key, |served, _| served.group.prepared(volume, step, Err(HostError::Io)));
+        };
+        let tail = device.end().saturating_sub(DATA_UNIT_BYTES);
+        let mut reads = Vec::new();
+        if read_tail {
+            reads.push(tail);
+        }
+        if read_head {
+            reads.push(device.offset());
+        }
+        self.merge_more(Box::new(Merge { key, volume, step, device, wanted, buffer: Some(buffer), reads }));
+    }
+
+    /// The buffer of a step's device range, with the host's bytes of `wanted` in place.
+    fn step_buffer(&mut self, command: CommandId, device: ByteRange, wanted: ByteRange) -> Option<Buffer> {
+        let request = self.requests.get_mut(&command.0)?;
+        let length = usize::try_from(device.length()).ok()?;
+        let range = request.command.range()?;
+        if let HostPayload::Whole(payload) = &request.payload
+            && wanted == device
+            && payload.len() == length
+        {
+            // The whole command in one aligned step: its buffer is sealed in place.
+            let HostPayload::Whole(payload) = std::mem::replace(&mut request.payload, HostPayload::Nothing) else {
+                return None;
+            };
+            return Some(payload);
+        }
+        let mut buffer = self.pool.take_over(length);
+        let start = usize::try_from(wanted.offset() - device.offset()).ok()?;
+        let count = usize::try_from(wanted.length()).ok()?;
+        let target = buffer.get_mut(start..start + count)?;
+        match &request.payload {
+            HostPayload::Whole(payload) => {
+                let from = usize::try_from(wanted.offset() - range.offset()).ok()?;
+                target.copy_from_slice(payload.get(from..from + count)?);
+            }
+            HostPayload::Nothing => target.fill(0),
+        }
+        Some(buffer)
+    }
+
+    /// Reads the next partial unit, or seals when there is none.
+    fn merge_more(&mut self, mut merge: Box<Merge>) {
+        let (key, volume) = (merge.key, merge.volume);
+        match merge.reads.last().copied() {
+            Some(offset) => {
+                let unit = ByteRange::new(offset, DATA_UNIT_BYTES).unwrap_or_default();
+                self.read(Pending::Merge(merge), key, volume, unit);
+            }
+            None => {
+                let first = merge.device.first_block();
+                if let Some(buffer) = merge.buffer.take() {
+                    self.seal(key, volume, first, buffer, Then::Prepared { step: merge.step });
+                }
+            }
+        }
+    }
+
+    /// A partial unit was read: what the host does not change of it goes into the step's buffer.
+    fn merged(&mut self, mut merge: Box<Merge>, unit: Result<Buffer, HostError>) {
+        let (key, volume, step) = (merge.key, merge.volume, merge.step);
+        let cipher = self.cipher(key, volume);
+        let (Ok(mut unit), Some(cipher), Some(offset)) = (unit, cipher, merge.reads.pop()) else {
+            return self.with_group(key, |served, _| served.group.prepared(volume, step, Err(HostError::Io)));
+        };
+        cipher.open(Lba::containing(offset), &mut unit);
+        let base = usize::try_from(offset - merge.device.offset()).unwrap_or(usize::MAX);
+        for (index, byte) in unit.iter().enumerate() {
+            let at = offset + u64::try_from(index).unwrap_or(u64::MAX);
+            let kept = at < merge.wanted.offset() || at >= merge.wanted.end();
+            let target = merge.buffer.as_mut().and_then(|buffer| buffer.get_mut(base + index));
+            if kept && let Some(target) = target {
+                *target = *byte;
+            }
+        }
+        self.merge_more(merge);
+    }
+
+    fn cipher(&self, key: GroupKey, volume: VolumeIndex) -> Option<std::sync::Arc<crypto::VolumeCipher>> {
+        self.groups.get(&key)?.volumes.get(usize::from(volume.0))?.files.cipher.clone()
+    }
+
+    fn seal(&mut self, key: GroupKey, volume: VolumeIndex, first: Lba, buffer: Buffer, then: Then) {
+        match self.cipher(key, volume) {
+            Some(cipher) => self.sealing.push(Job::new(key, volume, cipher, first, buffer, then)),
+            None => self.unsealed(key, volume, then),
+        }
+    }
+
+    /// Without a key nothing is served; hosts cannot get here, but the step must end.
+    fn unsealed(&mut self, key: GroupKey, volume: VolumeIndex, then: Then) {
+        self.with_group(key, |served, _| match then {
+            Then::Deliver { step, .. } => served.group.read_done(volume, step, Err(HostError::Io)),
+            Then::Prepared { step } => served.group.prepared(volume, step, Err(HostError::Io)),
+        });
+    }
+
+    /// One turn of sealing and opening.
+    pub(super) fn work_sealing(&mut self) {
+        for job in self.sealing.turn() {
+            let (key, volume) = (job.key, job.volume);
+            match job.then {
+                Then::Deliver { step, command, device, wanted } => {
+                    let start = usize::try_from(wanted.offset() - device.offset()).unwrap_or(usize::MAX);
+                    let count = usize::try_from(wanted.length()).unwrap_or(usize::MAX);
+                    let data = job.buffer.freeze().slice(start..start + count);
+                    if let Some(request) = self.requests.get_mut(&command.0) {
+                        request.parts.push((wanted.offset(), data));
+                    }
+                    self.with_group(key, |served, _| served.group.read_done(volume, step, Ok(())));
+                }
+                Then::Prepared { step } => {
+                    let sealed = job.buffer.freeze();
+                    self.with_group(key, |served, _| served.group.prepared(volume, step, Ok(sealed)));
+                }
+            }
+        }
+    }
+
+    /// Ends a host's command.
+    fn answer(&mut self, command: CommandId, result: HostResult) {
+        let Some(mut request) = self.requests.remove(&command.0) else { return };
+        self.release_memory(&request.command);
+        if request.connection.is_none() {
+            self.forgotten = self.forgotten.saturating_sub(1);
+        }
+        let volume = usize::from(request.volume.0);
+        if let Some(served) = self.groups.get(&request.key)
+            && let Some(slot) = served.volumes.get(volume)
+        {
+            slot.meters.answered(&request.command, result, monotonic().since(request.started));
+        }
+        request.parts.sort_by_key(|(offset, _)| *offset);
+        let data = std::mem::take(&mut request.parts).into_iter().map(|(_, data)| data).collect();
+        self.reply(&request, result, data);
+    }
+
+    /// Drops what a closed connection asked for; what has begun goes on without a reply.
+    pub(super) fn forget_requests(&mut self, id: ConnectionId) {
+        let mine = self.requests.iter().filter(|(_, request)| request.connection == Some(id));
+        let mine: Vec<u64> = mine.map(|(number, _)| *number).collect();
+        for number in mine {
+            let Some(request) = self.requests.get_mut(&number) else { continue };
+            request.connection = None;
+            let (key, volume) = (request.key, request.volume);
+            let mut runs = false;
+            self.with_group(key, |served, _| runs = served.group.forget(volume, CommandId(number)));
+            if runs {
+                self.forgotten += 1;
+            } else if let Some(request) = self.requests.remove(&number) {
+                self.release_memory(&request.command);
+            }
+        }
+    }
+
+    /// Requests without a connection whose last step ended.
+    pub(super) fn drop_forgotten(&mut self, key: GroupKey) {
+        let Some(served) = self.groups.get(&key) else { return };
+        let ended = self.requests.iter().filter(|(number, request)| {
+            request.key == key
+                && request.connection.is_none()
+                && !served.group.is_running(request.volume, CommandId(**number))
+        });
+        let ended: Vec<u64> = ended.map(|(number, _)| *number).collect();
+        for number in ended {
+            if let Some(request) = self.requests.remove(&number) {
+                self.release_memory(&request.command);
+                self.forgotten = self.forgotten.saturating_sub(1);
+            }
+        }
+    }
+
+    pub(super) fn complete(&mut self, completion: Completion) {
+        let Completion { token, result, returned } = completion;
+        let index = usize::try_from(token.0).unwrap_or(usize::MAX);
+        let Some(pending) = self.pending.try_remove(index) else { return };
+        let outcome = result.as_ref().map(|_| ()).map_err(host_error);
+        match pending {
+            Pending::Receive { id } => {
+                if let Some(buffer) = returned.into_buffer() {
+                    self.received(id, buffer, result.ok());
+                }
+            }
+            Pending::ReceivePayload { id, cookie, command } => {
+                if let Some(buffer) = returned.into_buffer() {
+                    let whole = expected_payload(&command) == buffer.len() && result.is_ok_and(|count| count > 0);
+                    self.received_payload(id, cookie, command, buffer, whole);
+                }
+            }
+            Pending::Send { id } => self.sent(id, result.is_ok()),
+            Pending::Read { key, volume, step, command, device, wanted } => {
+                self.count(key, -1);
+                let buffer = returned.into_buffer().filter(|_| outcome.is_ok());
+                match buffer {
+                    Some(buffer) => {
+                        let then = Then::Deliver { step, command, device, wanted };
+                        self.seal(key, volume, device.first_block(), buffer, then);
+                    }
+                    None => self.with_group(key, |served, _| served.group.read_done(volume, step, outcome)),
+                }
+            }
+            Pending::Merge(merge) => {
+                self.count(merge.key, -1);
+                let unit = outcome.and_then(|()| returned.into_buffer().ok_or(HostError::Io));
+                self.merged(merge, unit);
+            }
+            Pending::Write { key, volume, step } => {
+                self.count(key, -1);
+                self.with_group(key, |served, _| served.group.written(volume, step, outcome, false));
+            }
+            Pending::ZeroRange { key, volume, step, device } => {
+                self.count(key, -1);
+                let unknown = result.as_ref().is_err_and(|error| error.raw_os_error() == Some(EOPNOTSUPP));
+                if unknown {
+                    let zeros = self.zeros(device.length());
+                    let pending = Pending::ZeroWritten { key, volume, step };
+                    return self.write(pending, key, volume, device.offset(), zeros, false);
+                }
+                self.with_group(key, |served, _| served.group.written(volume, step, outcome, true));
+            }
+            Pending::ZeroWritten { key, volume, step } => {
+                self.count(key, -1);
+                self.with_group(key, |served, _| served.group.written(volume, step, outcome, true));
+            }
+            Pending::Flush { key, volume, step } => {
+                self.count(key, -1);
+                self.with_group(key, |served, _| served.group.flushed(volume, step, outcome));
+            }
+            Pending::Io { key, io, target } => {
+                self.count(key, -1);
+                self.io_complete(key, io, target, result, returned);
+            }
+        }
+    }
+}
+
+fn expected_payload(command: &HostCommand) -> usize {
+    command.range().and_then(|range| usize::try_from(range.length()).ok()).unwrap_or(0)
+}
+
+/// What a host is told of an operating system's error.
+fn host_error(error: &std::io::Error) -> HostError {
+    if error.raw_os_error() == Some(ENOSPC) { HostError::NoSpace } else { HostError::Io }
+}

@@ -1,0 +1,465 @@
+//! Shards: one thread each, with one io_uring that carries sockets and disk.
+//!
+//! A shard runs the pure machines (NBD sessions, groups) and performs their effects; it decides nothing itself. A
+//! group and everything of it lives on one shard, so the data path has no locks. It sleeps when there is nothing to do.
+
+mod clock;
+mod command;
+mod connection;
+mod datapath;
+mod meters;
+mod mirror_io;
+mod sealing;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use block::{Monotonic, VolumeId, VolumeIndex};
+use bytes::Bytes;
+use replicator::Wake;
+use slab::Slab;
+use store::{BufferPool, Completion, Operation, Ring, Token, Waker};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::group::{CleanState, Group};
+
+pub use clock::{monotonic, wall};
+pub use command::{
+    GroupKey, GroupSnapshot, GroupStart, MirroredStart, RedoFiles, ShardCommand, ShardHandle, ShardNews, Verb, VerbResult,
+    VolumeFiles,
+};
+
+use connection::{Connection, ConnectionId};
+use datapath::{Pending, Request};
+use meters::VolumeMeters;
+use mirror_io::Link;
+use sealing::Sealing;
+
+/// Submissions that one system call takes to the kernel.
+const RING_ENTRIES: u32 = 1024;
+/// The longest write of raw zeros at once: a step's length.
+const ZEROS_BYTES: usize = 1 << 20;
+/// A shard without work and timers wakes up this often, to notice a clock that was wrong.
+const SLEEP_MAX: Duration = Duration::from_secs(60);
+
+/// One volume of a group on this shard.
+struct ServedVolume {
+    files: VolumeFiles,
+    meters: VolumeMeters,
+}
+
+/// A group on this shard.
+struct Served {
+    group: Group,
+    volumes: Vec<ServedVolume>,
+    redo: Option<RedoFiles>,
+    links: BTreeMap<u64, Link>,
+    connections: BTreeSet<ConnectionId>,
+    timer: Option<Monotonic>,
+    /// Storage operations on their way.
+    outstanding: usize,
+    removing: Option<oneshot::Sender<()>>,
+}
+
+/// A drain that waits for its groups.
+struct Draining {
+    done: oneshot::Sender<Vec<(GroupKey, Option<CleanState>)>>,
+}
+
+/// Sessions that have something for their group; rung from tokio's threads.
+#[derive(Clone)]
+struct Bell {
+    rung: Arc<Mutex<BTreeSet<GroupKey>>>,
+    waker: Waker,
+}
+
+impl Bell {
+    fn wake_for(&self, key: GroupKey) -> Wake {
+        let bell = self.clone();
+        Arc::new(move || {
+            bell.rung.lock().unwrap_or_else(PoisonError::into_inner).insert(key);
+            bell.waker.wake();
+        })
+    }
+
+    fn take(&self) -> BTreeSet<GroupKey> {
+        std::mem::take(&mut *self.rung.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The thread's state.
+struct Shard {
+    ring: Ring,
+    pool: BufferPool,
+    pending: Slab<Pending>,
+    groups: BTreeMap<GroupKey, Served>,
+    connections: Slab<Connection>,
+    requests: BTreeMap<u64, Request>,
+    last_request: u64,
+    /// Payload bytes of requests on their way, and their bound.
+    request_bytes: usize,
+    request_bytes_max: usize,
+    /// Requests whose connection is gone.
+    forgotten: usize,
+    /// Groups whose effects must be polled.
+    touched: BTreeSet<GroupKey>,
+    timers: BTreeSet<(Monotonic, GroupKey)>,
+    /// Connections with replies to send.
+    flushing: BTreeSet<ConnectionId>,
+    /// Connections that wait for receive memory.
+    starved: BTreeSet<ConnectionId>,
+    sealing: Sealing,
+    zeros: Bytes,
+    bell: Bell,
+    commands: Receiver<ShardCommand>,
+    news: mpsc::UnboundedSender<(usize, ShardNews)>,
+    index: usize,
+    draining: Option<Draining>,
+    stopping: bool,
+}
+
+/// Starts shard `index`; its news carry the index. `receive_bytes` bounds the memory of requests on their way.
+///
+/// # Errors
+/// If the kernel offers no io_uring or no thread.
+pub fn start(
+    index: usize,
+    receive_bytes: usize,
+    news: mpsc::UnboundedSender<(usize, ShardNews)>,
+) -> io::Result<(ShardHandle, JoinHandle<()>)> {
+    let waker = Waker::new()?;
+    let (handle, commands) = ShardHandle::pair(waker.clone());
+    let (ready, started) = std::sync::mpsc::channel();
+    let thread = std::thread::Builder::new().name(format!("shard-{index}")).spawn(move || {
+        match Ring::with_waker(RING_ENTRIES, waker.clone()) {
+            Ok(ring) => {
+                let _ = ready.send(None);
+                Shard::new(index, ring, waker, receive_bytes, commands, news).run();
+            }
+            Err(error) => {
+                let _ = ready.send(Some(io::Error::other(error)));
+            }
+        }
+    })?;
+    match started.recv() {
+        Ok(None) => Ok((handle, thread)),
+        Ok(Some(error)) => Err(error),
+        Err(_) => Err(io::Error::other("the shard's thread ended at once")),
+    }
+}
+
+impl Shard {
+    fn new(
+        index: usize,
+        ring: Ring,
+        waker: Waker,
+        receive_bytes: usize,
+        commands: Receiver<ShardCommand>,
+        news: mpsc::UnboundedSender<(usize, ShardNews)>,
+    ) -> Self {
+        let pool = BufferPool::new(receive_bytes);
+        let mut zeros = pool.take_over(ZEROS_BYTES);
+        zeros.fill(0);
+        Self {
+            ring,
+            pool,
+            pending: Slab::new(),
+            groups: BTreeMap::new(),
+            connections: Slab::new(),
+            requests: BTreeMap::new(),
+            last_request: 0,
+            request_bytes: 0,
+            request_bytes_max: receive_bytes,
+            forgotten: 0,
+            touched: BTreeSet::new(),
+            timers: BTreeSet::new(),
+            flushing: BTreeSet::new(),
+            starved: BTreeSet::new(),
+            sealing: Sealing::default(),
+            zeros: zeros.freeze(),
+            bell: Bell { rung: Arc::default(), waker },
+            commands,
+            news,
+            index,
+            draining: None,
+            stopping: false,
+        }
+    }
+
+    /// Turns until it is told to stop.
+    fn run(mut self) {
+        let mut completions: Vec<Completion> = Vec::with_capacity(256);
+        while !self.stopping {
+            let timeout = self.timeout();
+            match self.ring.wait(Some(timeout), &mut completions) {
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(shard = self.index, %error, "io_uring failed: the shard stops");
+                    return;
+                }
+            }
+            for completion in completions.drain(..) {
+                self.complete(completion);
+            }
+            self.take_commands();
+            for key in self.bell.take() {
+                self.pump_links(key);
+            }
+            self.fire_timers();
+            self.work_sealing();
+            self.turn_groups();
+            self.feed_starved();
+            self.send_replies();
+            self.finish_draining();
+        }
+    }
+
+    fn timeout(&self) -> Duration {
+        if !self.sealing.is_empty() || !self.touched.is_empty() {
+            return Duration::ZERO;
+        }
+        let now = monotonic();
+        self.timers.first().map_or(SLEEP_MAX, |(at, _)| at.since(now).min(SLEEP_MAX))
+    }
+
+    fn take_commands(&mut self) {
+        while let Ok(command) = self.commands.try_recv() {
+            self.command(command);
+        }
+    }
+
+    fn fire_timers(&mut self) {
+        let now = monotonic();
+        while let Some((at, key)) = self.timers.first().copied() {
+            if at > now {
+                return;
+            }
+            self.timers.pop_first();
+            if let Some(served) = self.groups.get_mut(&key) {
+                served.timer = None;
+                served.group.set_clocks(now, wall());
+                served.group.handle_time();
+                self.touched.insert(key);
+            }
+        }
+    }
+
+    /// Performs the effects of every group that something happened to.
+    fn turn_groups(&mut self) {
+        // A turn may touch further groups, or the same one again: those wait for the next round.
+        for key in std::mem::take(&mut self.touched) {
+            self.turn_group(key);
+        }
+    }
+
+    fn turn_group(&mut self, key: GroupKey) {
+        self.pump_links(key);
+        let now = monotonic();
+        if let Some(served) = self.groups.get_mut(&key) {
+            served.group.set_clocks(now, wall());
+        }
+        while let Some(effect) = self.groups.get_mut(&key).and_then(|served| served.group.poll_effect()) {
+            self.perform(key, effect);
+        }
+        if self.forgotten > 0 {
+            self.drop_forgotten(key);
+        }
+        let Some(served) = self.groups.get_mut(&key) else { return };
+        for (slot, counters) in served.volumes.iter().zip(served.group.volume_snapshots()) {
+            slot.meters.throttled(counters.throttled);
+        }
+        let next = served.group.poll_timeout();
+        if next != served.timer {
+            if let Some(old) = served.timer {
+                self.timers.remove(&(old, key));
+            }
+            served.timer = next;
+            self.timers.extend(next.map(|at| (at, key)));
+        }
+        self.finish_removal(key);
+    }
+
+    fn finish_removal(&mut self, key: GroupKey) {
+        let Some(served) = self.groups.get(&key) else { return };
+        let idle = served.group.is_drained() && served.outstanding == 0 && served.connections.is_empty();
+        if served.removing.is_none() || !idle {
+            return;
+        }
+        if let Some(mut served) = self.groups.remove(&key) {
+            if let Some(timer) = served.timer {
+                self.timers.remove(&(timer, key));
+            }
+            if let Some(done) = served.removing.take() {
+                let _ = done.send(());
+            }
+        }
+    }
+
+    fn submit(&mut self, pending: Pending, operation: Operation) {
+        let token = self.pending.insert(pending);
+        self.ring.submit(Token(u64::try_from(token).unwrap_or(u64::MAX)), operation);
+    }
+
+    fn tell(&self, news: ShardNews) {
+        // The receiver outlives the shards; a daemon that is gone needs no news.
+        let _ = self.news.send((self.index, news));
+    }
+
+    fn command(&mut self, command: ShardCommand) {
+        match command {
+            ShardCommand::Add { key, files, start } => self.add(key, files, start),
+            ShardCommand::Remove { key, done } => self.remove(key, done),
+            ShardCommand::Attach { key, intents, start } => self.attach(key, intents, *start),
+            ShardCommand::Detach { key } => self.with_group(key, |served, now| served.group.detach(now)),
+            ShardCommand::Unlock { key, ciphers } => self.with_group(key, |served, _| {
+                for (volume, cipher) in served.volumes.iter_mut().zip(ciphers) {
+                    volume.files.cipher = Some(cipher);
+                }
+            }),
+            ShardCommand::Connect { key, volume, socket, negotiated, early } => {
+                self.connect(key, volume, socket, &negotiated, &early);
+            }
+            ShardCommand::Dialed { key, session } => self.dialed(key, session),
+            ShardCommand::Greeted { key, session, hello } => self.greeted(key, session, hello),
+            ShardCommand::Persisted { key, io, result } => {
+                self.with_group(key, |served, _| served.group.io_done(io, result.map(|()| Bytes::new())));
+            }
+            ShardCommand::Verb { key, verb, done } => self.verb(key, verb, done),
+            ShardCommand::Snapshot { key, done } => self.snapshot(key, done),
+            ShardCommand::Drain { done } => self.drain(done),
+            ShardCommand::Stop => self.stopping = true,
+        }
+    }
+
+    /// Calls a group with the clocks set, and has its effects performed.
+    fn with_group(&mut self, key: GroupKey, call: impl FnOnce(&mut Served, Monotonic)) {
+        let now = monotonic();
+        if let Some(served) = self.groups.get_mut(&key) {
+            served.group.set_clocks(now, wall());
+            call(served, now);
+            self.touched.insert(key);
+        }
+    }
+
+    fn add(&mut self, key: GroupKey, files: Vec<VolumeFiles>, start: GroupStart) {
+        let now = monotonic();
+        let (group, redo) = match start {
+            GroupStart::Alone(volumes) => (Group::alone(&volumes, now), None),
+            GroupStart::Mirrored(start) => {
+                let MirroredStart { settings, state, opened, redo } = *start;
+                (Group::open(settings, state, opened, now), Some(redo))
+            }
+        };
+        if group.is_presented() {
+            self.tell(ShardNews::Presented(key));
+        } else {
+            self.tell(ShardNews::Withdrawn(key, group.withdrawn_because().to_owned()));
+        }
+        let volumes = files
+            .into_iter()
+            .map(|files| ServedVolume { meters: VolumeMeters::new(&files.name), files })
+            .collect();
+        let served = Served {
+            group,
+            volumes,
+            redo,
+            links: BTreeMap::new(),
+            connections: BTreeSet::new(),
+            timer: None,
+            outstanding: 0,
+            removing: None,
+        };
+        let replaced = self.groups.insert(key, served);
+        assert!(replaced.is_none(), "a group key is used once");
+        self.touched.insert(key);
+    }
+
+    fn attach(&mut self, key: GroupKey, intents: Vec<store::File>, start: MirroredStart) {
+        self.with_group(key, |served, now| {
+            for (volume, intent) in served.volumes.iter_mut().zip(intents) {
+                volume.files.intent = Some(intent);
+            }
+            served.redo = Some(start.redo);
+            served.group.attach(start.settings, start.state, start.opened, now);
+        });
+    }
+
+    fn remove(&mut self, key: GroupKey, done: oneshot::Sender<()>) {
+        self.with_group(key, |served, _| {
+            served.group.drain();
+            served.removing = Some(done);
+        });
+        self.close_connections(key, "the volume was deleted");
+    }
+
+    fn verb(&mut self, key: GroupKey, verb: Verb, done: oneshot::Sender<command::VerbResult>) {
+        self.with_group(key, |served, _| {
+            let result = match verb {
+                Verb::Stop => served.group.stop().map(|()| None),
+                Verb::Start { local } => served.group.start(local).map(|()| None),
+                Verb::Loss => served.group.loss().map(Some),
+                Verb::Failover => served.group.failover().map(Some),
+            };
+            let _ = done.send(result);
+        });
+    }
+
+    fn snapshot(&mut self, key: GroupKey, done: oneshot::Sender<GroupSnapshot>) {
+        let mut connections = BTreeMap::<VolumeIndex, usize>::new();
+        let Some(served) = self.groups.get_mut(&key) else { return };
+        for id in &served.connections {
+            if let Some(connection) = self.connections.get(id.0) {
+                *connections.entry(connection.volume).or_default() += 1;
+            }
+        }
+        served.group.set_clocks(monotonic(), wall());
+        let volumes = served.group.volume_snapshots();
+        let presented = match served.group.is_presented() {
+            true => Ok(()),
+            false => Err(served.group.withdrawn_because().to_owned()),
+        };
+        let count = |index: usize| {
+            let index = u16::try_from(index).ok().map(VolumeIndex);
+            index.and_then(|index| connections.get(&index).copied()).unwrap_or(0)
+        };
+        let _ = done.send(GroupSnapshot {
+            presented,
+            connections: (0..volumes.len()).map(count).collect(),
+            volumes,
+            mirror: served.group.mirror_snapshot(),
+            state: served.group.mirror_state().cloned(),
+        });
+    }
+
+    fn drain(&mut self, done: oneshot::Sender<Vec<(GroupKey, Option<CleanState>)>>) {
+        let now = monotonic();
+        for (key, served) in &mut self.groups {
+            served.group.set_clocks(now, wall());
+            served.group.drain();
+            self.touched.insert(*key);
+        }
+        self.draining = Some(Draining { done });
+        self.turn_groups();
+    }
+
+    fn finish_draining(&mut self) {
+        let drained = self.groups.values().all(|served| served.group.is_drained() && served.outstanding == 0);
+        if !drained || !self.flushing.is_empty() {
+            return;
+        }
+        if let Some(Draining { done }) = self.draining.take() {
+            let states = self.groups.iter_mut().map(|(key, served)| (*key, served.group.clean_state()));
+            let _ = done.send(states.collect());
+        }
+    }
+
+    fn volume_index(&self, key: GroupKey, id: VolumeId) -> Option<VolumeIndex> {
+        let served = self.groups.get(&key)?;
+        let place = served.volumes.iter().position(|volume| volume.files.id == id)?;
+        u16::try_from(place).ok().map(VolumeIndex)
+    }
+}

@@ -1,0 +1,271 @@
+//! The operators' calls.
+
+use std::ops::Deref;
+use std::sync::Arc;
+
+use block::VolumeName;
+use control::{
+    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView,
+    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeCreate, VolumeView,
+};
+use crypto::VolumeCipher;
+use replicator::PinnedCertificate;
+
+use super::mirrors::internal;
+use super::volumes::problem;
+use super::{Site, lock};
+use crate::api::{OperationError, Operations};
+use crate::catalogue::{MirrorRecord, PartnerRecord, VolumeRecord};
+use crate::settings::ConsoleAddress;
+use crate::shard::{GroupKey, Verb};
+
+type Outcome<T> = Result<T, OperationError>;
+
+impl Site {
+    fn known_volume(&self, name: &VolumeName) -> Outcome<VolumeRecord> {
+        self.catalogue().volume(name).ok_or_else(|| {
+            problem(ProblemKind::NotFound, format!("volume '{name}' does not exist: see 'farshore volume list'"))
+        })
+    }
+
+    fn known_partner(&self, name: &VolumeName) -> Outcome<PartnerRecord> {
+        self.catalogue().partner(name).ok_or_else(|| {
+            problem(ProblemKind::NotFound, format!("partner '{name}' is not known: see 'farshore partner list'"))
+        })
+    }
+
+    fn known_mirror(&self, name: &VolumeName) -> Outcome<(MirrorRecord, GroupKey)> {
+        let mirror = self.catalogue().mirror(name).ok_or_else(|| {
+            problem(ProblemKind::NotFound, format!("mirror '{name}' does not exist: see 'farshore mirror list'"))
+        })?;
+        let key = self.group_of_mirror(mirror.id).ok_or_else(|| {
+            problem(ProblemKind::Unavailable, format!("mirror '{name}' is offline: the daemon's log says why"))
+        })?;
+        Ok((mirror, key))
+    }
+
+    async fn delete_volume(self: &Arc<Self>, name: &VolumeName) -> Outcome<()> {
+        let volume = self.known_volume(name)?;
+        if let Some((mirror, _)) = self.catalogue().mirror_of(volume.id) {
+            let detail = format!("volume '{name}' is in mirror '{}': delete the mirror first", mirror.name);
+            return Err(problem(ProblemKind::Conflict, detail));
+        }
+        if let Some(key) = self.group_of_volume(volume.id) {
+            let connections: usize = self.snapshot(key).await?.connections.iter().sum();
+            if connections > 0 {
+                let detail = format!("volume '{name}' is in use by {connections} connections: disconnect its hosts first");
+                return Err(problem(ProblemKind::Conflict, detail));
+            }
+            self.end_group(key).await?;
+        }
+        self.exports().remove(name.as_str());
+        let site = Arc::clone(self);
+        let id = volume.id;
+        tokio::task::spawn_blocking(move || site.catalogue().delete_volume(id)).await.map_err(internal)??;
+        Ok(())
+    }
+
+    fn store_partner(&self, add: PartnerAdd) -> Outcome<PartnerRecord> {
+        let certificate = PinnedCertificate::from_pem(&add.certificate).map_err(|error| {
+            let detail = format!("the certificate of partner '{}' cannot be used: {error}", add.name);
+            problem(ProblemKind::Invalid, detail)
+        })?;
+        if certificate.fingerprint() == self.identity.fingerprint() {
+            let detail = format!("partner '{}' has this site's own certificate: give the partner's", add.name);
+            return Err(problem(ProblemKind::Invalid, detail));
+        }
+        let partner = PartnerRecord { name: add.name, address: add.address, certificate: add.certificate };
+        if self.catalogue().partner(&partner.name).is_some() {
+            let detail = format!("partner '{}' is known already: remove it first", partner.name);
+            return Err(problem(ProblemKind::Conflict, detail));
+        }
+        let pinned = self.pins.insert(partner.name.as_str(), certificate);
+        pinned.map_err(|error| problem(ProblemKind::Conflict, error.to_string()))?;
+        if let Err(error) = self.catalogue().add_partner(partner.clone()) {
+            self.pins.remove(partner.name.as_str());
+            return Err(error.into());
+        }
+        Ok(partner)
+    }
+
+    fn warnings(&self) -> Vec<String> {
+        let troubles = lock(&self.troubles);
+        let names = self.catalogue().volumes();
+        let of = |id: &block::VolumeId| names.iter().find(|volume| volume.id == *id).map(|volume| volume.name.clone());
+        troubles
+            .iter()
+            .map(|(id, trouble)| match of(id) {
+                Some(name) => format!("volume '{name}' is not served: {trouble}"),
+                None => trouble.clone(),
+            })
+            .collect()
+    }
+}
+
+/// The site as the API shares it.
+pub(super) struct Operator(pub(super) Arc<Site>);
+
+impl Deref for Operator {
+    type Target = Arc<Site>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl Operations for Operator {
+    async fn volume_create(&self, create: VolumeCreate) -> Outcome<VolumeView> {
+        let _changing = self.changes.lock().await;
+        let site = Arc::clone(&self.0);
+        let made = tokio::task::spawn_blocking(move || site.make_volume(&create)).await.map_err(internal)?;
+        Ok(self.volume_view(&made?).await)
+    }
+
+    async fn volume_list(&self) -> Outcome<Vec<VolumeView>> {
+        let mut views = Vec::new();
+        for volume in self.catalogue().volumes() {
+            views.push(self.volume_view(&volume).await);
+        }
+        Ok(views)
+    }
+
+    async fn volume_show(&self, name: VolumeName) -> Outcome<VolumeView> {
+        let volume = self.known_volume(&name)?;
+        Ok(self.volume_view(&volume).await)
+    }
+
+    async fn volume_delete(&self, name: VolumeName) -> Outcome<()> {
+        let _changing = self.changes.lock().await;
+        self.delete_volume(&name).await
+    }
+
+    async fn certificate_show(&self) -> Outcome<CertificateView> {
+        Ok(CertificateView {
+            site: self.catalogue().site(),
+            fingerprint: self.identity.fingerprint().to_string(),
+            certificate: self.identity.certificate_pem().to_owned(),
+        })
+    }
+
+    async fn partner_add(&self, add: PartnerAdd) -> Outcome<PartnerView> {
+        let _changing = self.changes.lock().await;
+        let site = Arc::clone(&self.0);
+        let partner = tokio::task::spawn_blocking(move || site.store_partner(add)).await.map_err(internal)??;
+        let answers = self.ping(&partner).await;
+        Ok(self.partner_view(&partner, answers))
+    }
+
+    async fn partner_list(&self) -> Outcome<Vec<PartnerView>> {
+        let mut views = Vec::new();
+        for partner in self.catalogue().partners() {
+            let answers = self.ping(&partner).await;
+            views.push(self.partner_view(&partner, answers));
+        }
+        Ok(views)
+    }
+
+    async fn partner_show(&self, name: VolumeName) -> Outcome<PartnerView> {
+        let partner = self.known_partner(&name)?;
+        let answers = self.ping(&partner).await;
+        Ok(self.partner_view(&partner, answers))
+    }
+
+    async fn partner_remove(&self, name: VolumeName) -> Outcome<()> {
+        let _changing = self.changes.lock().await;
+        self.known_partner(&name)?;
+        let site = Arc::clone(&self.0);
+        let removed = name.clone();
+        tokio::task::spawn_blocking(move || site.catalogue().remove_partner(&removed)).await.map_err(internal)??;
+        self.pins.remove(name.as_str());
+        lock(&self.partner_troubles).remove(&name);
+        Ok(())
+    }
+
+    async fn mirror_create(&self, create: MirrorCreate) -> Outcome<MirrorView> {
+        let _changing = self.changes.lock().await;
+        let mirror = self.make_mirror(create).await?;
+        self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_list(&self) -> Outcome<Vec<MirrorView>> {
+        Ok(self.mirror_views().await)
+    }
+
+    async fn mirror_show(&self, name: VolumeName) -> Outcome<MirrorView> {
+        let (mirror, _) = self.known_mirror(&name)?;
+        self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_stop(&self, name: VolumeName) -> Outcome<MirrorView> {
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.verb(key, Verb::Stop).await?;
+        self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_start(&self, name: VolumeName, start: MirrorStart) -> Outcome<MirrorView> {
+        let (mirror, key) = self.known_mirror(&name)?;
+        if start.primary == Some(Side::Partner) {
+            let detail = format!(
+                "mirror '{name}' cannot be started with --primary partner: run 'farshore mirror start {name}' at the \
+                 site that is to be the primary"
+            );
+            return Err(problem(ProblemKind::Refused, detail));
+        }
+        self.verb(key, Verb::Start { local: start.primary == Some(Side::Local) }).await?;
+        self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_failover(&self, name: VolumeName) -> Outcome<FailoverResult> {
+        let _changing = self.changes.lock().await;
+        let (mirror, key) = self.known_mirror(&name)?;
+        let report = self.fail_over_group(&mirror, key).await?;
+        Ok(FailoverResult {
+            recovery_point: RecoveryPoint {
+                position: report.recovery_point,
+                time: Timestamp(report.time.unwrap_or_default()),
+            },
+            seconds_lost: report.lost_at_most.unwrap_or_default().as_secs_f64(),
+            seconds_lost_bound: true,
+        })
+    }
+
+    async fn mirror_delete(&self, name: VolumeName) -> Outcome<()> {
+        let _changing = self.changes.lock().await;
+        let mirror = self.catalogue().mirror(&name).ok_or_else(|| {
+            problem(ProblemKind::NotFound, format!("mirror '{name}' does not exist: see 'farshore mirror list'"))
+        })?;
+        let partner = self.catalogue().partner(&mirror.partner);
+        self.forget_mirror(&mirror).await?;
+        if let Some(partner) = partner
+            && let Err(error) = self.ask_to_delete(&partner, mirror.id, block::Epoch(mirror.group.epoch)).await
+        {
+            tracing::warn!(mirror = %name, %error, "the mirror is deleted here only: delete it at the partner too");
+        }
+        Ok(())
+    }
+
+    async fn status(&self) -> Outcome<StatusView> {
+        let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        let connections = self.connection_counts().await.into_iter().map(|(_, connections)| connections).sum();
+        Ok(StatusView {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            site: self.catalogue().site(),
+            site_name: self.settings.site.clone(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+            encryption_engine: VolumeCipher::engine_name().to_owned(),
+            nbd_uris: lock(&self.nbd_uris).clone(),
+            replication_address: self.endpoint().local_address().to_string(),
+            console_address: match self.settings.console_listen {
+                ConsoleAddress::Tcp(address) => Some(address.to_string()),
+                ConsoleAddress::Off => None,
+            },
+            counts: Counts {
+                volumes: count(self.catalogue().volumes().len()),
+                partners: count(self.catalogue().partners().len()),
+                mirrors: count(self.catalogue().mirrors().len()),
+                connections,
+            },
+            warnings: self.warnings(),
+        })
+    }
+}

@@ -1,0 +1,25 @@
+//! The mirror's protocol: messages, lineage and fencing, the chain of cuts on both sides, RPO arithmetic.
+//!
+//! Pure and sans-IO: time comes in as arguments, decisions go out as values. The normative page is
+//! docs/protocols/replication.md. The machines here decide *what is allowed*; the daemon's group machine decides
+//! *when*, and performs it.
+
+mod codec;
+pub mod fuzz;
+mod lineage;
+mod message;
+mod receiver;
+mod rpo;
+mod sender;
+mod states;
+
+pub use codec::CodecError;
+pub use lineage::{Fork, GroupState, HelloVerdict, Refusal, RefusalCode, ResumePlan, Role};
+pub use message::{
+    Ack, CompareRange, CreateMirror, HashReply, HashRequest, Hello, MESSAGE_BYTES_MAX, Message, MirrorVolume,
+    PROTOCOL_VERSION, Refuse, Welcome,
+};
+pub use receiver::{Arrival, ArrivalError, ReceiverChain};
+pub use rpo::RpoTracker;
+pub use sender::{AckOutcome, SenderChain};
+pub use states::{JournalTier, MirrorState};

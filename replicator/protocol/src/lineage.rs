@@ -1,0 +1,541 @@
+//! Epochs, forks and roles: who may write, and whether a target's image is an ancestor of the primary's.
+//!
+//! Two rules carry everything. An epoch that is heard is durable before it is acted on; and a message of a lower
+//! epoch is refused everywhere. A [`GroupState`] is the durable part of a group on one site.
+
+use std::cmp::Ordering;
+
+use block::{Epoch, Incarnation, Position, Sequence, SiteId, Tip};
+
+use crate::codec::{CodecError, Reader, Writer};
+use crate::message::{Hello, decode_forks, encode_forks};
+
+/// Promotions that a history remembers; a mirror that forked more often must be made anew.
+pub(crate) const FORKS_MAX: usize = 1024;
+
+const STATE_VERSION: u16 = 1;
+
+/// What a site is to a mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Hosts write here.
+    Primary,
+    /// Receives the primary's writes; hosts are refused.
+    Secondary,
+}
+
+/// The beginning of an epoch: who promoted, and after which position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fork {
+    /// The epoch that began.
+    pub epoch: Epoch,
+    /// The site that promoted.
+    pub origin: SiteId,
+    /// The last position of the lineage before that the new one contains.
+    pub at: Position,
+}
+
+/// The durable state of a group on one site; written before it is acted on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupState {
+    /// Primary or secondary.
+    pub role: Role,
+    /// The highest epoch heard.
+    pub epoch: Epoch,
+    /// The primary of that epoch.
+    pub origin: SiteId,
+    /// The highest incarnation used or heard.
+    pub incarnation: Incarnation,
+    /// How the epochs began, oldest first; the last one is the current epoch's.
+    pub forks: Vec<Fork>,
+    /// An operator stopped mirroring.
+    pub stopped: bool,
+    /// The target has had a complete image since the mirror was created.
+    pub consistent: bool,
+    /// A secondary that was a primary and may hold writes that the new primary never had.
+    pub diverged: bool,
+    /// At the primary: an operator's `start` allowed the partner's diverged blocks to be overwritten.
+    pub overwrite_approved: bool,
+}
+
+/// Why a side refuses; the number travels on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RefusalCode {
+    /// The sender's epoch is lower: it must fence itself.
+    StaleEpoch,
+    /// Both sides promoted in the same epoch.
+    Fork,
+    /// The mirror is not known here.
+    UnknownMirror,
+    /// Volumes, sizes, class or key differ.
+    Mismatch,
+    /// The certificate's owner is not this mirror's partner.
+    WrongPartner,
+    /// The receiver cannot serve now; try again.
+    Busy,
+    /// The request conflicts with something that exists.
+    Conflict,
+    /// Not enough space.
+    NoSpace,
+    /// The message makes no sense in this state.
+    Protocol,
+}
+
+/// A refusal before it becomes a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// For machines.
+    pub code: RefusalCode,
+    /// For people.
+    pub text: String,
+}
+
+/// What a site does with a hello.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HelloVerdict {
+    /// Open the session.
+    Accept,
+    /// A higher epoch: make this state durable, stop serving hosts, then open the session.
+    Adopt(Box<GroupState>),
+    /// Refuse; nothing changes.
+    Refuse(Refusal),
+}
+
+/// How a primary continues from the target's tip.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResumePlan {
+    /// The tip lies in this incarnation: the ring or the dirty map holds what is missing.
+    SameIncarnation,
+    /// The tip is an ancestor: the intent map's regions must be compared, then a pass follows.
+    Ancestor,
+    /// The tip is not an ancestor, but the target says so and lists where it may differ.
+    Diverged,
+    /// The tip makes no sense for this history.
+    Unrelated,
+}
+
+impl RefusalCode {
+    const ALL: [Self; 9] = [
+        Self::StaleEpoch,
+        Self::Fork,
+        Self::UnknownMirror,
+        Self::Mismatch,
+        Self::WrongPartner,
+        Self::Busy,
+        Self::Conflict,
+        Self::NoSpace,
+        Self::Protocol,
+    ];
+
+    pub(crate) const fn to_byte(self) -> u8 {
+        match self {
+            Self::StaleEpoch => 1,
+            Self::Fork => 2,
+            Self::UnknownMirror => 3,
+            Self::Mismatch => 4,
+            Self::WrongPartner => 5,
+            Self::Busy => 6,
+            Self::Conflict => 7,
+            Self::NoSpace => 8,
+            Self::Protocol => 9,
+        }
+    }
+
+    pub(crate) fn from_byte(byte: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|code| code.to_byte() == byte)
+    }
+}
+
+impl GroupState {
+    /// A new mirror's state at the primary.
+    pub fn new_primary(site: SiteId) -> Self {
+        Self::first_epoch(Role::Primary, site)
+    }
+
+    /// A new mirror's state at the secondary of `primary`.
+    pub fn new_secondary(primary: SiteId) -> Self {
+        Self::first_epoch(Role::Secondary, primary)
+    }
+
+    fn first_epoch(role: Role, origin: SiteId) -> Self {
+        let epoch = Epoch(1);
+        let at = Position {
+            epoch: Epoch(0),
+            origin,
+            incarnation: Incarnation(0),
+            sequence: Sequence(0),
+        };
+        Self {
+            role,
+            epoch,
+            origin,
+            incarnation: Incarnation(0),
+            forks: vec![Fork { epoch, origin, at }],
+            stopped: false,
+            consistent: false,
+            diverged: false,
+            overwrite_approved: false,
+        }
+    }
+
+    /// The position before the first write of the current epoch and incarnation.
+    pub const fn start_position(&self) -> Position {
+        Position {
+            epoch: self.epoch,
+            origin: self.origin,
+            incarnation: self.incarnation,
+            sequence: Sequence(0),
+        }
+    }
+
+    /// Where the current epoch forked off.
+    pub fn fork(&self) -> Position {
+        self.forks.last().map_or_else(Position::default, |fork| fork.at)
+    }
+
+    /// The state after promoting this site at `tip`: the epoch rises and the fork is remembered.
+    pub fn promoted(&self, site: SiteId, tip: Position) -> Self {
+        let epoch = self.epoch.next();
+        let mut forks = self.forks.clone();
+        forks.push(Fork {
+            epoch,
+            origin: site,
+            at: tip,
+        });
+        let excess = forks.len().saturating_sub(FORKS_MAX);
+        forks.drain(..excess);
+        Self {
+            role: Role::Primary,
+            epoch,
+            origin: site,
+            incarnation: self.incarnation.next(),
+            forks,
+            diverged: false,
+            overwrite_approved: false,
+            ..self.clone()
+        }
+    }
+
+    /// The state of a primary that heard of a higher epoch by a refusal.
+    pub fn fenced(&self, epoch: Epoch, origin: SiteId, fork: Position) -> Self {
+        assert!(epoch > self.epoch, "only a higher epoch fences");
+        let mut forks = self.forks.clone();
+        forks.push(Fork {
+            epoch,
+            origin,
+            at: fork,
+        });
+        Self {
+            forks,
+            ..self.heard(epoch, origin)
+        }
+    }
+
+    fn heard(&self, epoch: Epoch, origin: SiteId) -> Self {
+        Self {
+            role: Role::Secondary,
+            epoch,
+            origin,
+            // A primary's image is complete; it may only hold too much.
+            consistent: self.consistent || self.role == Role::Primary,
+            diverged: self.diverged || self.role == Role::Primary,
+            overwrite_approved: false,
+            ..self.clone()
+        }
+    }
+
+    /// What this site does with a primary's hello. `tip` is the end of what this site holds as a secondary.
+    pub fn judge_hello(&self, hello: &Hello, tip: Position) -> HelloVerdict {
+        let theirs = hello.position;
+        match theirs.epoch.cmp(&self.epoch) {
+            Ordering::Less => HelloVerdict::Refuse(Refusal {
+                code: RefusalCode::StaleEpoch,
+                text: format!(
+                    "epoch {} is over: epoch {} began at position {}; this side must become the secondary",
+                    theirs.epoch.0,
+                    self.epoch.0,
+                    self.fork()
+                ),
+            }),
+            Ordering::Equal if theirs.origin != self.origin || self.role == Role::Primary => {
+                HelloVerdict::Refuse(Refusal {
+                    code: RefusalCode::Fork,
+                    text: format!(
+                        "both sides were promoted in epoch {}: an operator must choose one",
+                        self.epoch.0
+                    ),
+                })
+            }
+            Ordering::Equal => HelloVerdict::Accept,
+            Ordering::Greater => self.judge_higher_epoch(hello, tip),
+        }
+    }
+
+    fn judge_higher_epoch(&self, hello: &Hello, tip: Position) -> HelloVerdict {
+        let theirs = hello.position;
+        let newest = hello.forks.last();
+        let first_after = hello.forks.iter().find(|fork| fork.epoch > self.epoch);
+        let (Some(newest), Some(first_after)) = (newest, first_after) else {
+            return Self::broken_history("its history does not list its epoch");
+        };
+        if newest.epoch != theirs.epoch || newest.origin != theirs.origin {
+            return Self::broken_history("its history does not end with its epoch");
+        }
+        let mut state = self.heard(theirs.epoch, theirs.origin);
+        state.forks.clone_from(&hello.forks);
+        state.incarnation = state.incarnation.max(theirs.incarnation);
+        // A secondary that holds more than the new lineage took over has writes of a lost branch.
+        state.diverged |= tip.order(&first_after.at) == Ordering::Greater;
+        HelloVerdict::Adopt(Box::new(state))
+    }
+
+    fn broken_history(text: &str) -> HelloVerdict {
+        HelloVerdict::Refuse(Refusal {
+            code: RefusalCode::Protocol,
+            text: format!("the hello is refused: {text}"),
+        })
+    }
+
+    /// How this primary, now at `position`, continues from a target's `tip`.
+    pub fn judge_tip(&self, position: Position, tip: &Tip, target_diverged: bool) -> ResumePlan {
+        let theirs = tip.position;
+        if target_diverged {
+            let known = theirs.epoch <= self.epoch;
+            return if known {
+                ResumePlan::Diverged
+            } else {
+                ResumePlan::Unrelated
+            };
+        }
+        if theirs.same_lineage(&position) {
+            return if theirs.sequence <= position.sequence {
+                ResumePlan::SameIncarnation
+            } else {
+                ResumePlan::Unrelated
+            };
+        }
+        if theirs.epoch == self.epoch {
+            let older = theirs.origin == self.origin && theirs.incarnation < position.incarnation;
+            return if older {
+                ResumePlan::Ancestor
+            } else {
+                ResumePlan::Unrelated
+            };
+        }
+        match self.forks.iter().find(|fork| fork.epoch > theirs.epoch) {
+            Some(fork)
+                if fork.at.epoch == theirs.epoch
+                    && fork.at.origin == theirs.origin
+                    && theirs.order(&fork.at) != Ordering::Greater =>
+            {
+                ResumePlan::Ancestor
+            }
+            Some(_) | None => ResumePlan::Unrelated,
+        }
+    }
+
+    /// The bytes that the catalogue and the volume headers keep.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Writer::default();
+        out.u16(STATE_VERSION);
+        out.bool(self.role == Role::Primary);
+        out.u64(self.epoch.0);
+        out.raw(&self.origin.to_bytes());
+        out.u64(self.incarnation.0);
+        encode_forks(&mut out, &self.forks);
+        for flag in [
+            self.stopped,
+            self.consistent,
+            self.diverged,
+            self.overwrite_approved,
+        ] {
+            out.bool(flag);
+        }
+        out.finish()
+    }
+
+    /// Reads what [`GroupState::encode`] wrote.
+    ///
+    /// # Errors
+    /// An unknown version or anything malformed.
+    pub fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
+        let mut input = Reader::new(bytes);
+        let version = input.u16()?;
+        if version != STATE_VERSION {
+            return Err(CodecError::Unknown {
+                field: "group state version",
+                value: u64::from(version),
+            });
+        }
+        let role = if input.bool("role")? {
+            Role::Primary
+        } else {
+            Role::Secondary
+        };
+        let state = Self {
+            role,
+            epoch: Epoch(input.u64()?),
+            origin: input.site()?,
+            incarnation: Incarnation(input.u64()?),
+            forks: decode_forks(&mut input)?,
+            stopped: input.bool("stopped")?,
+            consistent: input.bool("consistent")?,
+            diverged: input.bool("diverged")?,
+            overwrite_approved: input.bool("overwrite approved")?,
+        };
+        input.finish()?;
+        Ok(state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use block::{ChainHash, MirrorId, WallTime};
+
+    use super::*;
+    use crate::message::PROTOCOL_VERSION;
+
+    const EAST: SiteId = SiteId::from_bytes([1; 16]);
+    const WEST: SiteId = SiteId::from_bytes([2; 16]);
+
+    fn hello(state: &GroupState, sequence: u64) -> Hello {
+        Hello {
+            version: PROTOCOL_VERSION,
+            mirror: MirrorId::default(),
+            position: state.start_position().at(Sequence(sequence)),
+            forks: state.forks.clone(),
+            volumes: vec![],
+            echo: WallTime(0),
+        }
+    }
+
+    fn tip(position: Position) -> Tip {
+        Tip {
+            position,
+            chain: ChainHash([1; 32]),
+        }
+    }
+
+    #[test]
+    fn a_stale_primary_is_refused_and_fences_itself_as_diverged() {
+        let east = GroupState {
+            incarnation: Incarnation(1),
+            ..GroupState::new_primary(EAST)
+        };
+        let west = GroupState::new_secondary(EAST);
+        let at = east.start_position().at(Sequence(10));
+        let west = west.promoted(WEST, at);
+        assert!(matches!(
+            west.judge_hello(&hello(&east, 12), at),
+            HelloVerdict::Refuse(Refusal {
+                code: RefusalCode::StaleEpoch,
+                ..
+            })
+        ));
+        let fenced = east.fenced(west.epoch, west.origin, west.fork());
+        assert!(fenced.diverged && fenced.role == Role::Secondary && fenced.epoch == Epoch(2));
+        assert_eq!(fenced.judge_hello(&hello(&west, 5), at), HelloVerdict::Accept);
+    }
+
+    #[test]
+    fn a_higher_epoch_is_adopted_before_the_session_opens() {
+        let east = GroupState {
+            incarnation: Incarnation(1),
+            ..GroupState::new_primary(EAST)
+        };
+        let at = east.start_position().at(Sequence(10));
+        let west = GroupState::new_secondary(EAST).promoted(WEST, at);
+        let HelloVerdict::Adopt(state) = east.judge_hello(&hello(&west, 3), at) else {
+            panic!("not adopted")
+        };
+        assert!(
+            state.diverged,
+            "a primary may hold writes that the new one never had"
+        );
+        let third = SiteId::from_bytes([3; 16]);
+        let secondary = GroupState {
+            consistent: true,
+            ..GroupState::new_secondary(EAST)
+        };
+        let other = GroupState::new_secondary(EAST).promoted(third, at);
+        let HelloVerdict::Adopt(state) = secondary.judge_hello(&hello(&other, 3), at) else {
+            panic!("not adopted")
+        };
+        assert!(!state.diverged);
+        let beyond = at.at(Sequence(11));
+        let HelloVerdict::Adopt(state) = secondary.judge_hello(&hello(&other, 3), beyond) else {
+            panic!("no")
+        };
+        assert!(state.diverged);
+    }
+
+    #[test]
+    fn two_promotions_in_one_epoch_are_a_fork() {
+        let at = GroupState::new_primary(EAST).start_position();
+        let west = GroupState::new_secondary(EAST).promoted(WEST, at);
+        let east = GroupState::new_primary(EAST).promoted(EAST, at);
+        assert!(matches!(
+            east.judge_hello(&hello(&west, 1), at),
+            HelloVerdict::Refuse(Refusal {
+                code: RefusalCode::Fork,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn tips_are_judged_by_the_history() {
+        let mut east = GroupState {
+            incarnation: Incarnation(2),
+            ..GroupState::new_primary(EAST)
+        };
+        let now = east.start_position().at(Sequence(50));
+        assert_eq!(
+            east.judge_tip(now, &tip(now.at(Sequence(50))), false),
+            ResumePlan::SameIncarnation
+        );
+        assert_eq!(
+            east.judge_tip(now, &tip(now.at(Sequence(51))), false),
+            ResumePlan::Unrelated
+        );
+        let older = Position {
+            incarnation: Incarnation(1),
+            sequence: Sequence(900),
+            ..now
+        };
+        assert_eq!(east.judge_tip(now, &tip(older), false), ResumePlan::Ancestor);
+        assert_eq!(
+            east.judge_tip(
+                now,
+                &tip(Position {
+                    origin: WEST,
+                    ..older
+                }),
+                false
+            ),
+            ResumePlan::Unrelated
+        );
+        let fork = now.at(Sequence(40));
+        east = east.promoted(WEST, fork);
+        let now = east.start_position();
+        assert_eq!(east.judge_tip(now, &tip(fork), false), ResumePlan::Ancestor);
+        assert_eq!(
+            east.judge_tip(now, &tip(fork.at(Sequence(41))), false),
+            ResumePlan::Unrelated
+        );
+        assert_eq!(
+            east.judge_tip(now, &tip(fork.at(Sequence(41))), true),
+            ResumePlan::Diverged
+        );
+    }
+
+    #[test]
+    fn the_state_survives_the_round_trip() {
+        let state = GroupState::new_secondary(EAST).promoted(WEST, Position::default());
+        let bytes = state.encode();
+        assert_eq!(GroupState::decode(&bytes).unwrap(), state);
+        for length in 0..bytes.len() {
+            assert!(GroupState::decode(&bytes[..length]).is_err());
+        }
+    }
+}

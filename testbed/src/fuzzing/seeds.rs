@@ -1,0 +1,325 @@
+//! Valid inputs of each target, and the repair of their checksums.
+
+use block::{
+    ByteCount, ByteRange, ChainHash, Epoch, Incarnation, MirrorId, Position, Sequence, SiteId, Tip, VolumeId,
+    VolumeIndex, WallTime,
+};
+use bytes::Bytes;
+use journal::{
+    CUT_HEADER_BYTES, Checkpoint, Cursor, CutMeta, Lineage, Record, RecordKind, RedoConfig, SegmentHeader,
+};
+use protocol::{Message, PROTOCOL_VERSION};
+
+/// A client's half of some handshakes; the first byte cuts the others into pieces.
+pub(super) fn handshake() -> Vec<Vec<u8>> {
+    let go = [&4_u32.to_be_bytes()[..], b"disk", &0_u16.to_be_bytes()].concat();
+    let go_with_block_size = [&6_u32.to_be_bytes()[..], b"frozen", &[0, 1, 0, 3]].concat();
+    vec![
+        [&client_flags(3)[..], &option(7, &go)].concat(),
+        [
+            &client_flags(1)[..],
+            &option(8, &[]),
+            &option(3, &[]),
+            &option(6, &go_with_block_size),
+            &option(7, &go_with_block_size),
+        ]
+        .concat(),
+        [
+            &client_flags(3)[..],
+            &option(10, b"\0\0\0\0"),
+            &option(11, &[]),
+            &option(2, &[]),
+        ]
+        .concat(),
+        [&client_flags(0)[..], &option(1, b"disk")].concat(),
+    ]
+}
+
+/// The byte for the pieces, then the client's flags.
+fn client_flags(flags: u32) -> Vec<u8> {
+    [&[5][..], &flags.to_be_bytes()].concat()
+}
+
+fn option(number: u32, data: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(data.len()).unwrap_or(0);
+    [
+        b"IHAVEOPT",
+        &number.to_be_bytes()[..],
+        &length.to_be_bytes(),
+        data,
+    ]
+    .concat()
+}
+
+/// A client's half of some transmissions; the first byte chooses export, reply style and pieces.
+pub(super) fn transmission() -> Vec<Vec<u8>> {
+    let payload = [0x5a; 1024];
+    let streams = [
+        [&request(0, 0, 0, 4096)[..], &request(0, 4, 8192, 65536)].concat(),
+        [
+            &request(1, 1, 4096, 1024)[..],
+            &payload,
+            &request(3, 0, 0, 0),
+            &request(2, 0, 0, 0),
+        ]
+        .concat(),
+        [
+            &request(4, 0, 0, 1 << 20)[..],
+            &request(6, 2, 512, 1 << 20),
+            &request(6, 1, 0, 4096),
+        ]
+        .concat(),
+        [
+            &request(1, 0, u64::MAX - 10, 16)[..],
+            &payload[..16],
+            &request(0, 0, 1 << 40, 1),
+        ]
+        .concat(),
+    ];
+    let choices = [0b1_0000, 0b1_1110, 0b11_0010, 0b111_1101];
+    choices
+        .iter()
+        .zip(streams)
+        .map(|(choice, stream)| [&[*choice][..], &stream].concat())
+        .collect()
+}
+
+fn request(command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
+    let cookie = 0x1122_3344_5566_7788_u64;
+    [
+        &0x2560_9513_u32.to_be_bytes()[..],
+        &flags.to_be_bytes(),
+        &command.to_be_bytes(),
+        &cookie.to_be_bytes(),
+        &offset.to_be_bytes(),
+        &length.to_be_bytes(),
+    ]
+    .concat()
+}
+
+const MIRROR: MirrorId = MirrorId::from_bytes([2; 16]);
+
+fn lineage() -> Lineage {
+    Lineage {
+        epoch: Epoch(3),
+        origin: SiteId::from_bytes([7; 16]),
+        incarnation: Incarnation(2),
+    }
+}
+
+fn tip() -> Tip {
+    Tip {
+        position: lineage().at(Sequence(99)),
+        chain: ChainHash([9; 32]),
+    }
+}
+
+fn record(sequence: u64, kind: RecordKind, range: Option<ByteRange>) -> Record {
+    let range = range.unwrap_or_default();
+    let bytes = if kind.has_payload() { range.length() } else { 0 };
+    Record {
+        sequence: Sequence(sequence),
+        volume: VolumeIndex(0),
+        kind,
+        range,
+        payload: Bytes::from(vec![0xa5; usize::try_from(bytes).unwrap_or(0)]),
+    }
+}
+
+/// Cuts of every kind.
+pub(super) fn cuts() -> Vec<Vec<u8>> {
+    let ordinary = CutMeta {
+        mirror: MIRROR,
+        lineage: lineage(),
+        first: Sequence(100),
+        last: Sequence(107),
+        previous: tip(),
+        pass: 0,
+        time: WallTime(1),
+        echo: WallTime(2),
+        commit: true,
+        initial: false,
+    };
+    let staged = CutMeta {
+        pass: 4,
+        commit: false,
+        ..ordinary
+    };
+    let initial = CutMeta {
+        initial: true,
+        ..ordinary
+    };
+    let heartbeat = CutMeta {
+        last: Sequence(99),
+        ..ordinary
+    };
+    let unit = ByteRange::new(4096, 4096);
+    let records = [
+        record(100, RecordKind::Write, unit),
+        record(101, RecordKind::Copy, ByteRange::new(8192, 8192)),
+        record(102, RecordKind::Zero, ByteRange::new(512, 1024)),
+        record(103, RecordKind::Trim, ByteRange::new(0, 1 << 20)),
+        record(104, RecordKind::CopyZero, unit),
+        record(105, RecordKind::Bad, unit),
+        record(106, RecordKind::Resize, ByteRange::new(0, 1 << 30)),
+        record(107, RecordKind::Marker, None),
+        Record::void(Sequence(107), VolumeIndex(0)),
+    ];
+    let copies = [
+        record(101, RecordKind::Copy, unit),
+        record(102, RecordKind::CopyZero, unit),
+    ];
+    let mut all = vec![
+        encode_cut(&ordinary, &records),
+        encode_cut(&staged, &copies),
+        encode_cut(&initial, &copies),
+        encode_cut(&heartbeat, &[]),
+    ];
+    let header_only = journal::header_only(&Bytes::from(encode_cut(&initial, &copies)));
+    all.extend(header_only.map(|bytes| bytes.to_vec()));
+    all
+}
+
+fn encode_cut(meta: &CutMeta, records: &[Record]) -> Vec<u8> {
+    let encoded = journal::encode(meta, records);
+    let mut bytes = encoded.head.to_vec();
+    encoded
+        .payloads
+        .iter()
+        .for_each(|payload| bytes.extend_from_slice(payload));
+    bytes
+}
+
+// Places in a cut (docs/formats/journal.md, "Cut" and "Record").
+const CUT_FLAGS_AT: usize = 10;
+const CUT_HEADER_ONLY: u8 = 4;
+const CUT_RECORD_COUNT_AT: usize = 12;
+const CUT_CHAIN_AT: usize = 192;
+const CUT_CHECKSUM_AT: usize = 224;
+const RECORD_BYTES: usize = 48;
+
+/// Makes chain hash and header checksum of a changed cut right.
+pub(super) fn repair_cut(input: &mut [u8]) {
+    let Some(count) = number_at(input, CUT_RECORD_COUNT_AT) else {
+        return;
+    };
+    let Some(end) = count
+        .checked_mul(RECORD_BYTES)
+        .and_then(|bytes| bytes.checked_add(CUT_HEADER_BYTES))
+    else {
+        return;
+    };
+    let Some(table) = input.get_mut(..end) else { return };
+    let mut blank = table.to_vec();
+    fill(&mut blank, CUT_CHAIN_AT, &[0; 32]);
+    fill(&mut blank, CUT_CHECKSUM_AT, &[0; 4]);
+    if let Some(flags) = blank.get_mut(CUT_FLAGS_AT) {
+        *flags &= !CUT_HEADER_ONLY;
+    }
+    fill(table, CUT_CHAIN_AT, blake3::hash(&blank).as_bytes());
+    fill(table, CUT_CHECKSUM_AT, &[0; 4]);
+    let checksum = crc32c::crc32c(table);
+    fill(table, CUT_CHECKSUM_AT, &checksum.to_le_bytes());
+}
+
+fn number_at(input: &[u8], at: usize) -> Option<usize> {
+    let bytes = input.get(at..at + 4)?.try_into().ok()?;
+    usize::try_from(u32::from_le_bytes(bytes)).ok()
+}
+
+fn fill(bytes: &mut [u8], at: usize, with: &[u8]) {
+    if let Some(place) = bytes.get_mut(at..at + with.len()) {
+        place.copy_from_slice(with);
+    }
+}
+
+// Place in a sealed page (docs/formats/journal.md).
+const PAGE_CHECKSUM_AT: usize = 12;
+
+/// Makes the checksum of a changed page right.
+pub(super) fn repair_page(input: &mut [u8]) {
+    fill(input, PAGE_CHECKSUM_AT, &[0; 4]);
+    let checksum = crc32c::crc32c(input);
+    fill(input, PAGE_CHECKSUM_AT, &checksum.to_le_bytes());
+}
+
+/// Checkpoint pages.
+pub(super) fn checkpoints() -> Vec<Vec<u8>> {
+    let Ok(config) = RedoConfig::new(4, 64 << 20) else {
+        return Vec::new();
+    };
+    let first = Checkpoint::first(MIRROR, config, tip());
+    let cursor = Cursor {
+        segment_number: 3,
+        offset: 8192,
+    };
+    vec![
+        first.encode().to_vec(),
+        first.next(tip(), cursor).encode().to_vec(),
+    ]
+}
+
+/// Segment headers.
+pub(super) fn segment_headers() -> Vec<Vec<u8>> {
+    let header = SegmentHeader {
+        mirror: MIRROR,
+        number: 5,
+        file_index: 1,
+        segment_bytes: 64 << 20,
+        previous_end: Cursor {
+            segment_number: 4,
+            offset: 4096,
+        },
+        starts_after: tip(),
+        first_chain: ChainHash([6; 32]),
+    };
+    vec![header.encode().to_vec()]
+}
+
+/// Control messages.
+pub(super) fn messages() -> Vec<Vec<u8>> {
+    let position: Position = tip().position;
+    let volume = protocol::MirrorVolume {
+        id: VolumeId::from_bytes([1; 16]),
+        name: "db".into(),
+        size: ByteCount(1 << 30),
+        class: "standard".into(),
+        iops: Some(500),
+        wrapped_key: vec![5; 72],
+    };
+    let fork = protocol::Fork {
+        epoch: Epoch(3),
+        origin: position.origin,
+        at: position,
+    };
+    let messages = [
+        Message::Hello(protocol::Hello {
+            version: PROTOCOL_VERSION,
+            mirror: MIRROR,
+            position,
+            forks: vec![fork],
+            volumes: vec![(volume.id, volume.size)],
+            echo: WallTime(5),
+        }),
+        Message::Ack(protocol::Ack {
+            tip: tip(),
+            staged: false,
+            applied: Sequence(98),
+            clock: WallTime(1),
+        }),
+        Message::HashReply(protocol::HashReply {
+            id: 1,
+            hashes: vec![[1; 32], [2; 32]],
+        }),
+        Message::CreateMirror(protocol::CreateMirror {
+            mirror: MIRROR,
+            name: "m".into(),
+            origin: position.origin,
+            rpo_seconds: 900,
+            key_fingerprint: "00ff".into(),
+            volumes: vec![volume],
+        }),
+        Message::Ping,
+    ];
+    messages.iter().map(|message| message.encode().to_vec()).collect()
+}
