@@ -29,10 +29,8 @@ pub struct StorageClass {
 impl StorageClass {
     /// The classes that the daemon knows without settings.
     pub fn built_in() -> Vec<Self> {
-        let class = |name: &str, iops: u32| Self {
-            name: name.to_owned(),
-            iops_per_tib: NonZeroU32::new(iops),
-        };
+        let class =
+            |name: &str, iops: u32| Self { name: name.to_owned(), iops_per_tib: NonZeroU32::new(iops) };
         vec![
             class("essential", 500),
             class("standard", 1500),
@@ -69,12 +67,7 @@ mod tests {
 
     fn limit(class: &str, size: u64) -> String {
         let classes = StorageClass::built_in();
-        classes
-            .iter()
-            .find(|known| known.name == class)
-            .unwrap()
-            .limit(ByteCount(size))
-            .to_string()
+        classes.iter().find(|known| known.name == class).unwrap().limit(ByteCount(size)).to_string()
     }
 
     #[test]

@@ -49,10 +49,7 @@ impl HostCommand {
 
     /// True if the command may change the volume's content.
     pub const fn changes_content(&self) -> bool {
-        matches!(
-            self,
-            Self::Write { .. } | Self::Trim { .. } | Self::WriteZeroes { .. }
-        )
+        matches!(self, Self::Write { .. } | Self::Trim { .. } | Self::WriteZeroes { .. })
     }
 }
 

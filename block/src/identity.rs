@@ -86,11 +86,7 @@ impl TryFrom<String> for VolumeName {
         let good = (1..=NAME_BYTES_MAX).contains(&text.len())
             && text.bytes().all(allowed)
             && !text.starts_with(['.', '-']);
-        if good {
-            Ok(Self(text))
-        } else {
-            Err(NameError(text.chars().take(NAME_BYTES_MAX).collect()))
-        }
+        if good { Ok(Self(text)) } else { Err(NameError(text.chars().take(NAME_BYTES_MAX).collect())) }
     }
 }
 

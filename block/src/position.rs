@@ -92,11 +92,7 @@ impl Position {
 
 impl fmt::Display for Position {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            formatter,
-            "{}/{}/{}",
-            self.epoch.0, self.incarnation.0, self.sequence.0
-        )
+        write!(formatter, "{}/{}/{}", self.epoch.0, self.incarnation.0, self.sequence.0)
     }
 }
 

@@ -68,20 +68,14 @@ impl ByteRange {
     /// The range between two offsets, or `None` if `end < start`.
     pub const fn between(start: u64, end: u64) -> Option<Self> {
         match end.checked_sub(start) {
-            Some(length) => Some(Self {
-                offset: start,
-                length,
-            }),
+            Some(length) => Some(Self { offset: start, length }),
             None => None,
         }
     }
 
     /// The bytes of `count` blocks from `first` on, or `None` if the end does not fit in 64 bits.
     pub const fn of_blocks(first: Lba, count: BlockCount) -> Option<Self> {
-        match (
-            first.0.checked_mul(DATA_UNIT_BYTES),
-            count.0.checked_mul(DATA_UNIT_BYTES),
-        ) {
+        match (first.0.checked_mul(DATA_UNIT_BYTES), count.0.checked_mul(DATA_UNIT_BYTES)) {
             (Some(offset), Some(length)) => Self::new(offset, length),
             _ => None,
         }
@@ -119,24 +113,15 @@ impl ByteRange {
             Some(end) => end,
             None => u64::MAX - u64::MAX % DATA_UNIT_BYTES,
         };
-        Self {
-            offset: start,
-            length: end.saturating_sub(start),
-        }
+        Self { offset: start, length: end.saturating_sub(start) }
     }
 
     /// The largest data-unit aligned range inside this one; empty if there is none.
     pub const fn unit_inward(self) -> Self {
         let end = self.end() - self.end() % DATA_UNIT_BYTES;
         match self.offset.checked_next_multiple_of(DATA_UNIT_BYTES) {
-            Some(start) if start < end => Self {
-                offset: start,
-                length: end - start,
-            },
-            _ => Self {
-                offset: self.offset - self.offset % DATA_UNIT_BYTES,
-                length: 0,
-            },
+            Some(start) if start < end => Self { offset: start, length: end - start },
+            _ => Self { offset: self.offset - self.offset % DATA_UNIT_BYTES, length: 0 },
         }
     }
 
@@ -192,10 +177,7 @@ impl FromStr for ByteCount {
             .find_map(|(suffix, shift)| text.strip_suffix(suffix).map(|digits| (digits, *shift)))
             .unwrap_or((text, 0));
         let number: u64 = digits.trim().parse().map_err(|_| refuse())?;
-        number
-            .checked_mul(1_u64 << shift)
-            .map(ByteCount)
-            .ok_or_else(refuse)
+        number.checked_mul(1_u64 << shift).map(ByteCount).ok_or_else(refuse)
     }
 }
 

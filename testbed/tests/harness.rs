@@ -42,10 +42,7 @@ fn a_load_on_a_good_server_verifies_and_ends_with_the_connection() -> Result<()>
         drop(server);
         Ok(())
     })?;
-    ensure!(
-        ends.iter().all(|end| matches!(end, Err(NbdError::Io(_)))),
-        "{ends:?}"
-    );
+    ensure!(ends.iter().all(|end| matches!(end, Err(NbdError::Io(_)))), "{ends:?}");
     Ok(())
 }
 
@@ -61,10 +58,7 @@ fn lost_and_foreign_writes_are_found() -> Result<()> {
     client.read(REGION_BYTES, &mut sector)?;
     for wrong in [[0; 512], [7; 512]] {
         client.write(REGION_BYTES, &wrong)?;
-        ensure!(
-            load.verify_acknowledged(&export).is_err(),
-            "a lost or foreign sector is not found"
-        );
+        ensure!(load.verify_acknowledged(&export).is_err(), "a lost or foreign sector is not found");
     }
     client.write(REGION_BYTES, &sector)?;
     load.verify_acknowledged(&export)?;
@@ -99,23 +93,12 @@ fn fio_reports_rates_and_fails_on_errors() -> Result<()> {
     let address = free_port();
     let export = Export::tcp(address, "data");
     let good = nbdkit(address, &["memory", "4M"])?;
-    let job = || {
-        Fio::new(&export)
-            .option("rw", "randwrite")
-            .option("bs", "4k")
-            .option("size", "1M")
-    };
+    let job = || Fio::new(&export).option("rw", "randwrite").option("bs", "4k").option("size", "1M");
     let report = job().option("verify", "crc32c").run()?;
     ensure!(report.operations("write") == 256, "{report:?}");
-    ensure!(
-        report.iops("write") > 0.0 && report.p99_us("write") > 0.0,
-        "{report:?}"
-    );
+    ensure!(report.iops("write") > 0.0 && report.p99_us("write") > 0.0, "{report:?}");
     drop(good);
-    let _bad = nbdkit(
-        address,
-        &["--filter=error", "memory", "4M", "error-pwrite-rate=100%"],
-    )?;
+    let _bad = nbdkit(address, &["--filter=error", "memory", "4M", "error-pwrite-rate=100%"])?;
     ensure!(job().run().is_err(), "fio's errors are not found");
     Ok(())
 }

@@ -56,9 +56,7 @@ const ANY: &[&str] = &[
 ];
 
 /// No clock, random source, thread, file, socket or async inside.
-const PURE: &[&str] = &[
-    "block", "crypto", "journal", "protocol", "frontend", "engine", "control",
-];
+const PURE: &[&str] = &["block", "crypto", "journal", "protocol", "frontend", "engine", "control"];
 
 /// What a pure crate must not import: runtimes, the kernel's interfaces, random sources, databases.
 const IMPURE: &[&str] = &[
@@ -110,18 +108,11 @@ fn short(name: &str) -> String {
 
 /// Imports between crates of the workspace, of every kind: a test may not import what its crate may not.
 fn workspace_arrows(metadata: &Metadata) -> Vec<Arrow> {
-    let names: BTreeSet<_> = metadata
-        .workspace_packages()
-        .iter()
-        .map(|package| package.name.to_string())
-        .collect();
+    let names: BTreeSet<_> =
+        metadata.workspace_packages().iter().map(|package| package.name.to_string()).collect();
     let mut arrows = Vec::new();
     for package in metadata.workspace_packages() {
-        for dependency in package
-            .dependencies
-            .iter()
-            .filter(|dependency| names.contains(&dependency.name))
-        {
+        for dependency in package.dependencies.iter().filter(|dependency| names.contains(&dependency.name)) {
             arrows.push((short(&package.name), short(&dependency.name)));
         }
     }
@@ -154,10 +145,7 @@ fn forbidden_arrows(arrows: &[Arrow]) -> Vec<&Arrow> {
 }
 
 fn impure_arrows(arrows: &[Arrow]) -> Vec<&Arrow> {
-    arrows
-        .iter()
-        .filter(|arrow| IMPURE.contains(&arrow.1.as_str()))
-        .collect()
+    arrows.iter().filter(|arrow| IMPURE.contains(&arrow.1.as_str())).collect()
 }
 
 #[test]
@@ -173,11 +161,8 @@ fn crates_import_only_what_the_architecture_allows() -> Result<()> {
 #[test]
 fn every_crate_is_on_the_list() -> Result<()> {
     let metadata = metadata()?;
-    let found: BTreeSet<_> = metadata
-        .workspace_packages()
-        .iter()
-        .map(|package| short(&package.name))
-        .collect();
+    let found: BTreeSet<_> =
+        metadata.workspace_packages().iter().map(|package| short(&package.name)).collect();
     let listed: BTreeSet<_> = ARROWS.iter().map(|(name, _)| (*name).to_owned()).collect();
     ensure!(found == listed, "workspace {found:?}, list {listed:?}");
     Ok(())
@@ -201,12 +186,9 @@ fn pure_crates_forbid_clocks_files_and_threads() -> Result<()> {
         }
         let path = package.manifest_path.with_file_name("clippy.toml");
         let text = std::fs::read_to_string(&path).with_context(|| path.to_string())?;
-        for banned in [
-            "std::time::Instant::now",
-            "std::thread::spawn",
-            "std::fs::File",
-            "std::collections::HashMap",
-        ] {
+        for banned in
+            ["std::time::Instant::now", "std::thread::spawn", "std::fs::File", "std::collections::HashMap"]
+        {
             ensure!(text.contains(banned), "{path} does not forbid {banned}");
         }
     }
@@ -224,8 +206,5 @@ fn the_check_finds_planted_arrows() {
         arrow("new-crate", "block"),
     ];
     assert_eq!(forbidden_arrows(&planted).len(), planted.len());
-    assert_eq!(
-        impure_arrows(&[arrow("engine", "tokio"), arrow("engine", "bytes")]).len(),
-        1
-    );
+    assert_eq!(impure_arrows(&[arrow("engine", "tokio"), arrow("engine", "bytes")]).len(), 1);
 }

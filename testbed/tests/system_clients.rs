@@ -10,10 +10,7 @@ const MEBIBYTE: u64 = 1 << 20;
 
 /// A site with one volume `data` of 64 MiB without a limit.
 fn site_with_volume(world: &World, nbd_unix: bool) -> Result<Site> {
-    let options = SiteOptions {
-        nbd_unix,
-        ..SiteOptions::default()
-    };
+    let options = SiteOptions { nbd_unix, ..SiteOptions::default() };
     let site = world.site("west", options)?;
     site.run("volume create data --size 64MiB --iops unlimited")?;
     Ok(site)
@@ -93,29 +90,18 @@ fn fio_verifies(export: &Export, connections: u64) -> Result<()> {
 fn copies_are_identical(world: &World, export: &Export) -> Result<()> {
     let (source, copy) = (world.text("source.img"), world.text("copy.img"));
     let mut random = testbed::harness::Random::new(3);
-    let bytes: Vec<u8> = (0..8 * MEBIBYTE)
-        .flat_map(|_| random.next().to_le_bytes())
-        .collect();
+    let bytes: Vec<u8> = (0..8 * MEBIBYTE).flat_map(|_| random.next().to_le_bytes()).collect();
     fs::write(&source, bytes)?;
     let uri = export.uri();
     for connections in ["--connections=1", "--connections=4"] {
         run("nbdcopy", &[connections, "--flush", &source, &uri])?;
         run("nbdcopy", &[connections, &uri, &copy])?;
-        ensure!(
-            files_equal(source.as_ref(), copy.as_ref())?,
-            "nbdcopy {connections} changed bytes"
-        );
+        ensure!(files_equal(source.as_ref(), copy.as_ref())?, "nbdcopy {connections} changed bytes");
     }
     fs::remove_file(&copy)?;
     run("qemu-img", &["convert", "-f", "raw", "-O", "raw", &uri, &copy])?;
-    ensure!(
-        files_equal(source.as_ref(), copy.as_ref())?,
-        "qemu-img convert from the volume changed bytes"
-    );
-    run(
-        "qemu-img",
-        &["convert", "-n", "-f", "raw", "-O", "raw", &source, &uri],
-    )?;
+    ensure!(files_equal(source.as_ref(), copy.as_ref())?, "qemu-img convert from the volume changed bytes");
+    run("qemu-img", &["convert", "-n", "-f", "raw", "-O", "raw", &source, &uri])?;
     let compared = run("qemu-img", &["compare", "-f", "raw", "-F", "raw", &source, &uri])?;
     ensure!(compared.contains("identical"), "qemu-img compare: {compared}");
     Ok(())
@@ -197,9 +183,7 @@ fn any_byte_range_is_served(export: &Export) -> Result<()> {
         let offset = random.index(REGION_BYTES - 1);
         let length = (1 + random.index(20_000)).min(REGION_BYTES - offset);
         let place = u64::try_from(offset)?;
-        let window = model
-            .get_mut(offset..offset + length)
-            .context("a range of the model")?;
+        let window = model.get_mut(offset..offset + length).context("a range of the model")?;
         if random.chance(150) {
             client.write_zeroes(place, u32::try_from(length)?)?;
             window.fill(0);
@@ -231,18 +215,12 @@ fn filesystem_survives(world: &World, export: &Export) -> Result<()> {
     }
     let file = fs::File::create(&image)?;
     file.set_len(64 * MEBIBYTE)?;
-    run(
-        "mkfs.ext4",
-        &["-q", "-F", "-d", &folder.to_string_lossy(), &image],
-    )?;
+    run("mkfs.ext4", &["-q", "-F", "-d", &folder.to_string_lossy(), &image])?;
     run("e2fsck", &["-fn", &image])?;
     run("nbdcopy", &["--connections=4", "--flush", &image, &export.uri()])?;
     run("nbdcopy", &["--connections=4", &export.uri(), &copy])?;
     run("e2fsck", &["-fn", &copy])?;
-    ensure!(
-        files_equal(image.as_ref(), copy.as_ref())?,
-        "the file system's image came back changed"
-    );
+    ensure!(files_equal(image.as_ref(), copy.as_ref())?, "the file system's image came back changed");
     Ok(())
 }
 
@@ -259,16 +237,11 @@ fn an_idle_daemon_uses_no_cpu_and_metrics_count_commands() -> Result<()> {
         ensure!(bytes == [7; 4096], "read back");
         let metrics = site.metrics()?;
         let label = "volume=\"data\"";
-        for (name, least) in [
-            ("farshore_volume_write_bytes_total", 40_960.0),
-            ("farshore_volume_read_bytes_total", 4096.0),
-        ] {
+        for (name, least) in
+            [("farshore_volume_write_bytes_total", 40_960.0), ("farshore_volume_read_bytes_total", 4096.0)]
+        {
             let value = metrics.value(name, label);
-            ensure!(
-                value.is_some_and(|value| value >= least),
-                "{name} is {value:?}:\n{}",
-                metrics.text()
-            );
+            ensure!(value.is_some_and(|value| value >= least), "{name} is {value:?}:\n{}", metrics.text());
         }
         client.disconnect()?;
         let before = site.cpu_ticks()?;

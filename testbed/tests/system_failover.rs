@@ -31,9 +31,7 @@ fn check_serves_no_write(site: &Site, duration: Duration) -> Result<()> {
 fn expect_failover_lines(pair: &Pair) {
     // A promotion, a lost partner and orphaned writes are events that operators must see.
     for site in [&pair.west, &pair.east] {
-        for text in [
-            "failover", "promot", "epoch", "fence", "orphan", "diverge", "partner", "grace",
-        ] {
+        for text in ["failover", "promot", "epoch", "fence", "orphan", "diverge", "partner", "grace"] {
             site.log().allow(text);
         }
     }
@@ -54,10 +52,7 @@ fn the_secondary_refuses_hosts_until_it_is_promoted() -> Result<()> {
         ensure!(sentence.contains("--accept-loss"), "{sentence}");
         pair.west.kill9()?;
         let result = pair.east.json("mirror failover mirror --accept-loss")?;
-        ensure!(
-            result["seconds_lost"].is_number() && result["recovery_point"].is_object(),
-            "{result:#}"
-        );
+        ensure!(result["seconds_lost"].is_number() && result["recovery_point"].is_object(), "{result:#}");
         let mut client = pair.east.wait_for_export("data", TIMEOUT)?;
         client.write(4096, &[9; 4096])?;
         client.disconnect()?;
@@ -78,9 +73,7 @@ fn a_failover_under_load_serves_a_prefix_in_order() -> Result<()> {
         })?;
         pair.east.run("mirror failover mirror --accept-loss")?;
         pair.east.wait_for_export("data", TIMEOUT)?.disconnect()?;
-        let prefixes = load
-            .verify_prefix(&pair.east.export("data"))
-            .context("at the peer")?;
+        let prefixes = load.verify_prefix(&pair.east.export("data")).context("at the peer")?;
         ensure!(
             prefixes.iter().all(|prefix| prefix.last > 0),
             "the peer holds nothing of the load: {prefixes:?}"
@@ -115,10 +108,7 @@ fn check_not_overwritten(world: &World, site: &Site) -> Result<()> {
     std::fs::copy(&data, &saved)?;
     thread::sleep(Duration::from_secs(3));
     let difference = first_difference(&data, &saved)?;
-    ensure!(
-        difference.is_none(),
-        "orphaned writes were overwritten without a start, at {difference:?}"
-    );
+    ensure!(difference.is_none(), "orphaned writes were overwritten without a start, at {difference:?}");
     Ok(())
 }
 
@@ -148,29 +138,17 @@ fn the_old_primary_is_fenced_and_its_orphaned_writes_wait_for_an_operator() -> R
         pair.heal();
         let from = pair.west.spawn()?;
         check_serves_no_write(&pair.west, Duration::from_secs(3))?;
-        let ready = pair
-            .west
-            .log()
-            .wait_for(from, TIMEOUT, |line| line.contains("READY"));
+        let ready = pair.west.log().wait_for(from, TIMEOUT, |line| line.contains("READY"));
         ensure!(ready.is_some(), "west is not ready");
         let view = pair.west.wait_for_mirror("fenced", TIMEOUT, |view| {
-            view["orphaned_bytes"]
-                .as_u64()
-                .is_some_and(|bytes| bytes >= 16 * 4096)
+            view["orphaned_bytes"].as_u64().is_some_and(|bytes| bytes >= 16 * 4096)
         })?;
-        ensure!(
-            view["state_reason"].is_string(),
-            "mirror show does not say why: {view:#}"
-        );
+        ensure!(view["state_reason"].is_string(), "mirror show does not say why: {view:#}");
         let shown = pair.west.json("volume show data")?;
-        ensure!(
-            shown["state"] == "fenced" || shown["state"] == "secondary",
-            "{shown:#}"
-        );
+        ensure!(shown["state"] == "fenced" || shown["state"] == "secondary", "{shown:#}");
 
         check_not_overwritten(world, &pair.west)?;
-        pair.east
-            .wait_for_mirror("waiting for a start", TIMEOUT, |view| view["needs_start"] == true)?;
+        pair.east.wait_for_mirror("waiting for a start", TIMEOUT, |view| view["needs_start"] == true)?;
 
         pair.east.run("mirror start mirror --primary local")?;
         pair.east.wait_caught_up()?;

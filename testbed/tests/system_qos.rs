@@ -21,10 +21,7 @@ fn saturating(site: &Site, volume: &str, direction: &str, connections: u64) -> F
 fn check_rate(report: &FioReport, direction: &str, limit: u32) -> Result<()> {
     let measured = report.iops(direction);
     let ratio = measured / f64::from(limit);
-    ensure!(
-        (1.0 - TOLERANCE..=1.0 + TOLERANCE).contains(&ratio),
-        "{measured:.1} IOPS at a limit of {limit}"
-    );
+    ensure!((1.0 - TOLERANCE..=1.0 + TOLERANCE).contains(&ratio), "{measured:.1} IOPS at a limit of {limit}");
     Ok(())
 }
 
@@ -47,10 +44,7 @@ fn the_measured_rate_is_the_limit_on_one_and_on_four_connections() -> Result<()>
             let metrics = site.metrics()?;
             let label = format!("volume=\"{name}\"");
             let throttled = metrics.value("farshore_volume_throttled_total", &label);
-            ensure!(
-                throttled.is_some_and(|count| count > 0.0),
-                "throttled commands: {throttled:?}"
-            );
+            ensure!(throttled.is_some_and(|count| count > 0.0), "throttled commands: {throttled:?}");
         }
         site.terminate()
     })

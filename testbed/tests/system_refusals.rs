@@ -53,18 +53,12 @@ fn verbs_refuse_with_a_sentence_that_names_the_object() -> Result<()> {
             ("mirror start nothing", "nothing"),
             ("mirror wait nothing --for caught-up --timeout 2s", "nothing"),
             ("partner remove nobody", "nobody"),
-            (
-                "partner add east --address 127.0.0.1:9 --certificate /nowhere.pem",
-                "/nowhere.pem",
-            ),
+            ("partner add east --address 127.0.0.1:9 --certificate /nowhere.pem", "/nowhere.pem"),
             (&with_garbage, "east"),
         ];
         for (line, name) in cases {
             let sentence = site.refused(line)?;
-            ensure!(
-                sentence.contains(name),
-                "`{line}` does not name {name}: {sentence}"
-            );
+            ensure!(sentence.contains(name), "`{line}` does not name {name}: {sentence}");
         }
         let bad_address = format!("partner add east --address nowhere --certificate {own}");
         let usage = [
@@ -76,11 +70,7 @@ fn verbs_refuse_with_a_sentence_that_names_the_object() -> Result<()> {
         ];
         for line in usage {
             let finished = site.cli(line)?;
-            ensure!(
-                finished.status.code() == Some(2),
-                "`{line}` ended with {}",
-                finished.status
-            );
+            ensure!(finished.status.code() == Some(2), "`{line}` ended with {}", finished.status);
             ensure!(!finished.stderr.contains("panicked"), "{}", finished.stderr);
         }
         let list = site.json("volume list")?;
@@ -102,19 +92,12 @@ fn a_class_that_cannot_be_mirrored_and_a_wrong_certificate_are_refused() -> Resu
             site.log().allow("certificate");
         }
         pair.west.run("volume create fast --size 8MiB --class ultra")?;
-        let sentence = pair
-            .west
-            .refused("mirror create m --partner east --volumes fast")?;
-        ensure!(
-            sentence.contains("fast") && sentence.contains("ultra"),
-            "{sentence}"
-        );
+        let sentence = pair.west.refused("mirror create m --partner east --volumes fast")?;
+        ensure!(sentence.contains("fast") && sentence.contains("ultra"), "{sentence}");
 
         pair.west.run("volume create data --size 8MiB")?;
         pair.east.run("volume create data --size 16MiB")?;
-        let sentence = pair
-            .west
-            .refused("mirror create m --partner east --volumes data")?;
+        let sentence = pair.west.refused("mirror create m --partner east --volumes data")?;
         ensure!(sentence.contains("data"), "{sentence}");
         ensure!(
             pair.east.data_file("data")?.metadata()?.len() == 16 << 20,
@@ -127,16 +110,11 @@ fn a_class_that_cannot_be_mirrored_and_a_wrong_certificate_are_refused() -> Resu
         let address = pair.east.replication();
         let add = format!("partner add impostor --address {address} --certificate {certificate}");
         if pair.west.cli(&add)?.status.success() {
-            let sentence = pair
-                .west
-                .refused("mirror create m --partner impostor --volumes data")?;
+            let sentence = pair.west.refused("mirror create m --partner impostor --volumes data")?;
             ensure!(sentence.contains("impostor"), "{sentence}");
         }
         let mirrors = pair.west.json("mirror list")?;
-        ensure!(
-            mirrors.as_array().is_some_and(Vec::is_empty),
-            "a refused mirror is left: {mirrors:#}"
-        );
+        ensure!(mirrors.as_array().is_some_and(Vec::is_empty), "a refused mirror is left: {mirrors:#}");
         Ok(())
     })
 }
@@ -177,10 +155,7 @@ fn garbage_on_every_port_harms_nobody() -> Result<()> {
             udp.send_to(garbage().get(..1200).unwrap_or_default(), site.replication())?;
         }
         // A good greeting, then garbage; and requests of a client that disappears.
-        for prefix in [
-            &b"\0\0\0\x03"[..],
-            b"\0\0\0\x03IHAVEOPT\0\0\0\x07\xff\xff\xff\xff",
-        ] {
+        for prefix in [&b"\0\0\0\x03"[..], b"\0\0\0\x03IHAVEOPT\0\0\0\x07\xff\xff\xff\xff"] {
             throw(TcpStream::connect(site.nbd())?, &[prefix, &garbage()].concat());
         }
         for request in [
@@ -225,11 +200,7 @@ fn a_damaged_catalogue_is_rebuilt_from_the_volumes_headers() -> Result<()> {
         site.terminate()?;
         let is_catalogue = |path: &Path| path.extension().is_some_and(|ending| ending == "redb");
         let catalogues = files(site.directory(), is_catalogue)?;
-        ensure!(
-            !catalogues.is_empty(),
-            "no catalogue in {}",
-            site.directory().display()
-        );
+        ensure!(!catalogues.is_empty(), "no catalogue in {}", site.directory().display());
         let damages: [fn(&Path) -> std::io::Result<()>; 4] = [
             |file| fs::write(file, b"garbage"),
             |file| fs::write(file, b""),
@@ -240,16 +211,12 @@ fn a_damaged_catalogue_is_rebuilt_from_the_volumes_headers() -> Result<()> {
             catalogues.iter().try_for_each(|file| damage(file))?;
             let refused = site.resume().err().map(|error| format!("{error:#}"));
             let refused = refused.with_context(|| format!("damage {number} was not noticed"))?;
-            ensure!(
-                refused.contains("--rebuild-catalogue"),
-                "damage {number}: {refused}"
-            );
+            ensure!(refused.contains("--rebuild-catalogue"), "damage {number}: {refused}");
             ensure!(!refused.contains("panicked"), "damage {number}: {refused}");
             let mut rebuild = site.daemon_command()?;
             rebuild.arg("--rebuild-catalogue");
             finish(rebuild, Duration::from_secs(10))?.success()?;
-            site.resume()
-                .with_context(|| format!("rebuilt after damage {number}"))?;
+            site.resume().with_context(|| format!("rebuilt after damage {number}"))?;
             check_content(&site)?;
             site.terminate()?;
         }
@@ -274,16 +241,10 @@ fn a_damaged_redo_log_costs_no_write() -> Result<()> {
         pair.east.kill9()?;
         let is_redo = |path: &Path| path.to_string_lossy().contains("redo");
         let logs = files(pair.east.directory(), is_redo)?;
-        ensure!(
-            !logs.is_empty(),
-            "no redo log in {}",
-            pair.east.directory().display()
-        );
+        ensure!(!logs.is_empty(), "no redo log in {}", pair.east.directory().display());
         for path in &logs {
             let mut bytes = fs::read(path)?;
-            bytes
-                .chunks_mut(4096)
-                .for_each(|page| page.iter_mut().take(64).for_each(|byte| *byte ^= 0x5a));
+            bytes.chunks_mut(4096).for_each(|page| page.iter_mut().take(64).for_each(|byte| *byte ^= 0x5a));
             fs::write(path, bytes)?;
         }
         // It starts and tells, or refuses in one sentence; either way the host's writes go on.
@@ -308,9 +269,7 @@ fn a_wrong_key_locks_the_volumes_and_the_right_one_opens_them() -> Result<()> {
         let mut site = site_with_content(world)?;
         site.log().allow("key");
         site.terminate()?;
-        let keys = files(site.directory(), |path: &Path| {
-            path.file_name().is_some_and(|name| name == "kek")
-        })?;
+        let keys = files(site.directory(), |path: &Path| path.file_name().is_some_and(|name| name == "kek"))?;
         let key = keys.first().context("no file `kek` in the site's directory")?;
         let saved = fs::read(key)?;
         fs::remove_file(key)?;
@@ -318,10 +277,7 @@ fn a_wrong_key_locks_the_volumes_and_the_right_one_opens_them() -> Result<()> {
         if site.resume().is_ok() {
             let shown = site.json("volume show data")?;
             ensure!(shown["state"] == "locked", "{shown:#}");
-            ensure!(
-                NbdClient::connect(&site.export("data")).is_err(),
-                "a locked volume is served"
-            );
+            ensure!(NbdClient::connect(&site.export("data")).is_err(), "a locked volume is served");
             site.terminate()?;
         }
         fs::write(key, saved)?;

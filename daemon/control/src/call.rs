@@ -66,21 +66,13 @@ pub enum CallError {
 
 impl<Answer> Call<Answer> {
     fn bare(method: Method, path: impl Into<String>) -> Self {
-        Self {
-            method,
-            path: path.into(),
-            body: Vec::new(),
-            answer: PhantomData,
-        }
+        Self { method, path: path.into(), body: Vec::new(), answer: PhantomData }
     }
 
     fn post(path: impl Into<String>, body: &impl Serialize) -> Self {
         let mut call = Self::bare(Method::Post, path);
         let written = serde_json::to_writer(&mut call.body, body);
-        assert!(
-            written.is_ok(),
-            "our own request types have no maps and no failing serializers"
-        );
+        assert!(written.is_ok(), "our own request types have no maps and no failing serializers");
         call
     }
 }
@@ -91,11 +83,7 @@ impl<Answer: DeserializeOwned> Call<Answer> {
     /// # Errors
     /// The daemon's refusal, or an answer that is neither.
     pub fn answer(&self, status: u16, body: &[u8]) -> Result<Answer, CallError> {
-        let not_understood = |source| CallError::Answer {
-            request: self.to_string(),
-            status,
-            source,
-        };
+        let not_understood = |source| CallError::Answer { request: self.to_string(), status, source };
         if (200..300).contains(&status) {
             let body = if body.is_empty() { b"null" } else { body };
             serde_json::from_slice(body).map_err(not_understood)
@@ -228,15 +216,9 @@ mod tests {
         assert_eq!(call.to_string(), "DELETE /v1/volumes/a");
         call.answer(204, b"").unwrap();
         let problem = Problem::new(ProblemKind::Refused, "volume 'a' is in use");
-        let refused = call
-            .answer(422, &serde_json::to_vec(&problem).unwrap())
-            .unwrap_err();
+        let refused = call.answer(422, &serde_json::to_vec(&problem).unwrap()).unwrap_err();
         assert_eq!(refused.to_string(), "volume 'a' is in use");
         let strange = call.answer(502, b"<html>").unwrap_err();
-        assert!(
-            strange
-                .to_string()
-                .contains("DELETE /v1/volumes/a (HTTP status 502)")
-        );
+        assert!(strange.to_string().contains("DELETE /v1/volumes/a (HTTP status 502)"));
     }
 }

@@ -16,8 +16,7 @@ mod volume;
 pub use call::{Call, CallError, Method};
 pub use mirror::{
     FailoverRequest, FailoverResult, JournalTier, MirrorCreate, MirrorMemory, MirrorMode, MirrorStart,
-    MirrorState, MirrorView, Overload, RecoveryPoint, ResyncView, Role, Side,
-    UnknownState,
+    MirrorState, MirrorView, Overload, RecoveryPoint, ResyncView, Role, Side, UnknownState,
 };
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
 pub use problem::{Problem, ProblemKind};

@@ -126,9 +126,7 @@ impl FromStr for MirrorState {
 
     fn from_str(word: &str) -> Result<Self, Self::Err> {
         let known = Self::ALL.iter().find(|state| state.as_str() == word);
-        known.copied().ok_or_else(|| UnknownState {
-            word: word.to_owned(),
-        })
+        known.copied().ok_or_else(|| UnknownState { word: word.to_owned() })
     }
 }
 
@@ -144,12 +142,7 @@ pub enum JournalTier {
     DirtyMap,
 }
 
-words!(
-    JournalTier,
-    Ring = "ring",
-    Spill = "spill",
-    DirtyMap = "dirty-map"
-);
+words!(JournalTier, Ring = "ring", Spill = "spill", DirtyMap = "dirty-map");
 
 /// One end of the mirror as an operator names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -326,10 +319,7 @@ mod tests {
 
     #[test]
     fn a_recovery_point_is_one_flat_object() {
-        let point = RecoveryPoint {
-            position: Position::default(),
-            time: Timestamp::default(),
-        };
+        let point = RecoveryPoint { position: Position::default(), time: Timestamp::default() };
         let json = serde_json::to_value(point).unwrap();
         let mut keys: Vec<_> = json.as_object().unwrap().keys().map(String::as_str).collect();
         keys.sort_unstable();

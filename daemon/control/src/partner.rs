@@ -42,11 +42,7 @@ impl TryFrom<String> for HostPort {
                 };
                 host_good && port.parse::<u16>().is_ok_and(|port| port != 0)
             });
-        if good {
-            Ok(Self(text))
-        } else {
-            Err(AddressError(text.chars().take(ADDRESS_BYTES_MAX).collect()))
-        }
+        if good { Ok(Self(text)) } else { Err(AddressError(text.chars().take(ADDRESS_BYTES_MAX).collect())) }
     }
 }
 
@@ -117,18 +113,8 @@ mod tests {
         for good in ["127.0.0.1:10820", "az2.example:1", "[::1]:65535"] {
             assert!(good.parse::<HostPort>().is_ok(), "{good}");
         }
-        for bad in [
-            "",
-            "host",
-            "host:",
-            ":1",
-            "host:0",
-            "host:65536",
-            "::1:1",
-            "[host]:1",
-            "a b:1",
-            "a/b:1",
-        ] {
+        for bad in ["", "host", "host:", ":1", "host:0", "host:65536", "::1:1", "[host]:1", "a b:1", "a/b:1"]
+        {
             assert!(bad.parse::<HostPort>().is_err(), "{bad}");
         }
     }

@@ -70,12 +70,7 @@ pub struct Problem {
 impl Problem {
     /// The problem of this kind.
     pub fn new(kind: ProblemKind, detail: impl Into<String>) -> Self {
-        Self {
-            kind,
-            title: kind.title().to_owned(),
-            status: kind.status(),
-            detail: detail.into(),
-        }
+        Self { kind, title: kind.title().to_owned(), status: kind.status(), detail: detail.into() }
     }
 
     /// The same with another status than the kind's, for what HTTP itself defines (405, 413).

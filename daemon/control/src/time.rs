@@ -37,18 +37,11 @@ impl fmt::Display for Timestamp {
         // Months count from March, so that the leap day is a year's last.
         let month_from_march = (5 * year_day + 2) / 153;
         let day = year_day - (153 * month_from_march + 2) / 5 + 1;
-        let month = if month_from_march < 10 {
-            month_from_march + 3
-        } else {
-            month_from_march - 9
-        };
+        let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
         let year = days / ERA_DAYS * 400 + era_year + u64::from(month <= 2);
         let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
         let nanosecond = self.0.0 % NANOSECONDS;
-        write!(
-            formatter,
-            "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanosecond:09}Z"
-        )
+        write!(formatter, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanosecond:09}Z")
     }
 }
 
@@ -139,10 +132,7 @@ mod tests {
         ] {
             assert_eq!(Timestamp(WallTime(seconds * NANOSECONDS)).to_string(), text);
         }
-        assert_eq!(
-            "1970-01-01T00:00:01.5Z".parse(),
-            Ok(Timestamp(WallTime(1_500_000_000)))
-        );
+        assert_eq!("1970-01-01T00:00:01.5Z".parse(), Ok(Timestamp(WallTime(1_500_000_000))));
     }
 
     #[test]

@@ -49,13 +49,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Name {
         let invalid = |detail: String| Refusal::new(ProblemKind::Invalid, detail);
         let parameters = RawPathParams::from_request_parts(parts, state).await;
         let parameters = parameters.map_err(|error| invalid(error.body_text()))?;
-        let name = parameters
-            .iter()
-            .find(|(key, _)| *key == "name")
-            .map_or("", |(_, value)| value);
-        name.parse()
-            .map(Self)
-            .map_err(|error: block::NameError| invalid(error.to_string()))
+        let name = parameters.iter().find(|(key, _)| *key == "name").map_or("", |(_, value)| value);
+        name.parse().map(Self).map_err(|error: block::NameError| invalid(error.to_string()))
     }
 }
 
@@ -70,10 +65,7 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
         let bytes = Bytes::from_request(request, state).await.map_err(unread)?;
         let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
         serde_json::from_slice(text).map(Self).map_err(|error| {
-            Refusal::new(
-                ProblemKind::Invalid,
-                format!("the request's body is not understood: {error}"),
-            )
+            Refusal::new(ProblemKind::Invalid, format!("the request's body is not understood: {error}"))
         })
     }
 }

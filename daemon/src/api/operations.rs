@@ -21,10 +21,7 @@ pub struct OperationError {
 impl OperationError {
     /// The refusal of this kind.
     pub fn new(kind: ProblemKind, detail: impl Into<String>) -> Self {
-        Self {
-            kind,
-            detail: detail.into(),
-        }
+        Self { kind, detail: detail.into() }
     }
 }
 

@@ -18,21 +18,12 @@ use super::{OperationError, Operations};
 pub fn router<O: Operations>(operations: Arc<O>) -> Router {
     Router::new()
         .route("/v1/volumes", get(volume_list::<O>).post(volume_create::<O>))
-        .route(
-            "/v1/volumes/{name}",
-            get(volume_show::<O>).delete(volume_delete::<O>),
-        )
+        .route("/v1/volumes/{name}", get(volume_show::<O>).delete(volume_delete::<O>))
         .route("/v1/certificate", get(certificate_show::<O>))
         .route("/v1/partners", get(partner_list::<O>).post(partner_add::<O>))
-        .route(
-            "/v1/partners/{name}",
-            get(partner_show::<O>).delete(partner_remove::<O>),
-        )
+        .route("/v1/partners/{name}", get(partner_show::<O>).delete(partner_remove::<O>))
         .route("/v1/mirrors", get(mirror_list::<O>).post(mirror_create::<O>))
-        .route(
-            "/v1/mirrors/{name}",
-            get(mirror_show::<O>).delete(mirror_delete::<O>),
-        )
+        .route("/v1/mirrors/{name}", get(mirror_show::<O>).delete(mirror_delete::<O>))
         .route("/v1/mirrors/{name}/stop", post(mirror_stop::<O>))
         .route("/v1/mirrors/{name}/start", post(mirror_start::<O>))
         .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
@@ -115,11 +106,7 @@ async fn mirror_create<O: Operations>(
         );
         return Err(Refusal::new(ProblemKind::Invalid, detail));
     }
-    answer(
-        StatusCode::CREATED,
-        async move { daemon.mirror_create(create).await },
-    )
-    .await
+    answer(StatusCode::CREATED, async move { daemon.mirror_create(create).await }).await
 }
 
 async fn mirror_failover<O: Operations>(

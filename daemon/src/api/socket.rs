@@ -45,17 +45,11 @@ impl ControlSocket {
     /// # Errors
     /// A daemon answers there, something else has the name, or the system refuses.
     pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let failed = |source| SocketError::System {
-            path: path.to_owned(),
-            source,
-        };
+        let failed = |source| SocketError::System { path: path.to_owned(), source };
         make_folder(path).map_err(failed)?;
         make_way(path)?;
         let listener = listener(path).map_err(failed)?;
-        Ok(Self {
-            listener: Some(listener),
-            path: path.to_owned(),
-        })
+        Ok(Self { listener: Some(listener), path: path.to_owned() })
     }
 
     /// Serves the API until `stop` ends, then finishes the requests that run. Must be called on a tokio runtime.
@@ -85,20 +79,16 @@ impl Drop for ControlSocket {
 /// Makes the folder that holds the socket, for its owner only.
 fn make_folder(path: &Path) -> io::Result<()> {
     match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder),
+        Some(folder) if !folder.as_os_str().is_empty() => {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)
+        }
         _ => Ok(()),
     }
 }
 
 /// Removes the socket of a daemon that is gone.
 fn make_way(path: &Path) -> Result<(), SocketError> {
-    let failed = |source| SocketError::System {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source| SocketError::System { path: path.to_owned(), source };
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),

@@ -31,10 +31,7 @@ impl Fake {
         }
         self.asked.lock().unwrap().push(what.clone());
         if what.ends_with("missing") {
-            return Err(OperationError::new(
-                ProblemKind::NotFound,
-                format!("{what}: there is none"),
-            ));
+            return Err(OperationError::new(ProblemKind::NotFound, format!("{what}: there is none")));
         }
         assert!(!what.ends_with("fatal"), "a bug");
         Ok(())
@@ -169,10 +166,7 @@ impl Operations for Fake {
     async fn mirror_failover(&self, name: VolumeName) -> Result<FailoverResult, OperationError> {
         self.note("mirror failover", Some(&name))?;
         Ok(FailoverResult {
-            recovery_point: RecoveryPoint {
-                position: Position::default(),
-                time: Timestamp::default(),
-            },
+            recovery_point: RecoveryPoint { position: Position::default(), time: Timestamp::default() },
             seconds_lost: 0.25,
             seconds_lost_bound: true,
         })
@@ -217,12 +211,7 @@ impl Api {
             let _ = stopped.await;
         };
         let server = tokio::spawn(socket.serve(router(Arc::clone(&fake)), stopped));
-        Self {
-            fake,
-            folder,
-            stop,
-            server,
-        }
+        Self { fake, folder, stop, server }
     }
 
     fn path(&self) -> PathBuf {
@@ -258,10 +247,7 @@ async fn exchange(socket: &Path, method: &str, path: &str, body: &[u8]) -> (u16,
     let _ = stream.write_all(body).await;
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;
-    let end = answer
-        .windows(4)
-        .position(|window| window == b"\r\n\r\n")
-        .unwrap();
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n").unwrap();
     let body = answer.split_off(end + 4);
     let head = String::from_utf8(answer).unwrap();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
@@ -293,49 +279,25 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
         iops: None,
         cache: Cache::None,
     };
-    assert_eq!(
-        api.send(Call::volume_create(&create)).await.unwrap().name,
-        name("a")
-    );
+    assert_eq!(api.send(Call::volume_create(&create)).await.unwrap().name, name("a"));
     assert_eq!(api.send(Call::volume_list()).await.unwrap().len(), 1);
     api.send(Call::volume_show(&name("a"))).await.unwrap();
     api.send(Call::volume_delete(&name("a"))).await.unwrap();
-    assert_eq!(
-        api.send(Call::certificate_show()).await.unwrap().certificate,
-        "PEM"
-    );
-    let add = PartnerAdd {
-        name: name("p"),
-        address: "az2:1".parse().unwrap(),
-        certificate: "PEM".to_owned(),
-    };
+    assert_eq!(api.send(Call::certificate_show()).await.unwrap().certificate, "PEM");
+    let add =
+        PartnerAdd { name: name("p"), address: "az2:1".parse().unwrap(), certificate: "PEM".to_owned() };
     api.send(Call::partner_add(&add)).await.unwrap();
     api.send(Call::partner_list()).await.unwrap();
     api.send(Call::partner_show(&name("p"))).await.unwrap();
     api.send(Call::partner_remove(&name("p"))).await.unwrap();
-    api.send(Call::mirror_create(&mirror_create(
-        MirrorMode::Async,
-        &["a", "b"],
-    )))
-    .await
-    .unwrap();
+    api.send(Call::mirror_create(&mirror_create(MirrorMode::Async, &["a", "b"]))).await.unwrap();
     api.send(Call::mirror_list()).await.unwrap();
-    assert_eq!(
-        api.send(Call::mirror_show(&name("m"))).await.unwrap(),
-        mirror(name("m"))
-    );
+    assert_eq!(api.send(Call::mirror_show(&name("m"))).await.unwrap(), mirror(name("m")));
     api.send(Call::mirror_stop(&name("m"))).await.unwrap();
-    let start = MirrorStart {
-        primary: Some(Side::Local),
-    };
+    let start = MirrorStart { primary: Some(Side::Local) };
     api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
     let failover = FailoverRequest { accept_loss: true };
-    assert!(
-        api.send(Call::mirror_failover(&name("m"), failover))
-            .await
-            .unwrap()
-            .seconds_lost_bound
-    );
+    assert!(api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap().seconds_lost_bound);
     api.send(Call::mirror_delete(&name("m"))).await.unwrap();
     api.send(Call::status()).await.unwrap();
     let expected = "volume create a, volume list, volume show a, volume delete a, certificate show, partner add p, \
@@ -368,12 +330,7 @@ async fn what_is_no_request_of_the_api_is_refused_before_the_daemon_is_asked() {
         ("GET", "/v1/volumes/%ff", b"", 400),
         ("POST", "/v1/volumes", b"", 400),
         ("POST", "/v1/volumes", b"not json", 400),
-        (
-            "POST",
-            "/v1/volumes",
-            b"{\"name\":\"a\",\"size_bytes\":1,\"x\":1}",
-            400,
-        ),
+        ("POST", "/v1/volumes", b"{\"name\":\"a\",\"size_bytes\":1,\"x\":1}", 400),
         ("POST", "/v1/volumes", b"{\"name\":\"-\",\"size_bytes\":1}", 400),
         ("POST", "/v1/volumes", &long, 413),
         ("POST", "/v1/mirrors/m/failover", b"", 422),
@@ -386,16 +343,9 @@ async fn what_is_no_request_of_the_api_is_refused_before_the_daemon_is_asked() {
     for (create, expected) in [
         (mirror_create(MirrorMode::Sync, &["a"]), "--mode async only"),
         (mirror_create(MirrorMode::Async, &[]), "at least one volume"),
-        (
-            mirror_create(MirrorMode::Async, &["a", "b", "a"]),
-            "each only once",
-        ),
+        (mirror_create(MirrorMode::Async, &["a", "b", "a"]), "each only once"),
     ] {
-        let refused = api
-            .send(Call::mirror_create(&create))
-            .await
-            .unwrap_err()
-            .to_string();
+        let refused = api.send(Call::mirror_create(&create)).await.unwrap_err().to_string();
         assert!(refused.contains(expected), "{refused}");
     }
     assert_eq!(api.asked(), [] as [&str; 0]);
@@ -429,9 +379,6 @@ async fn the_socket_is_private_exclusive_and_replaced_after_a_death() {
     assert!(path.exists());
     drop(ControlSocket::bind(&path).unwrap());
     std::fs::write(&path, b"precious").unwrap();
-    assert!(matches!(
-        ControlSocket::bind(&path),
-        Err(SocketError::NotASocket(_))
-    ));
+    assert!(matches!(ControlSocket::bind(&path), Err(SocketError::NotASocket(_))));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 }

@@ -27,24 +27,14 @@ impl Catalogue {
     /// Name or identity is taken, the pool is unknown, a value is too long, or the file system fails.
     pub fn reserve_volume(&self, volume: VolumeRecord) -> Result<PathBuf, CatalogueError> {
         let mut state = self.state();
-        let folder = self
-            .folder(&volume)
-            .ok_or_else(|| CatalogueError::UnknownPool(volume.pool.clone()))?;
+        let folder = self.folder(&volume).ok_or_else(|| CatalogueError::UnknownPool(volume.pool.clone()))?;
         bound("class", &volume.name, volume.class.len(), 1, CLASS_BYTES_MAX)?;
-        bound(
-            "wrapped key",
-            &volume.name,
-            volume.wrapped_key.len(),
-            1,
-            WRAPPED_KEY_BYTES_MAX,
-        )?;
+        bound("wrapped key", &volume.name, volume.wrapped_key.len(), 1, WRAPPED_KEY_BYTES_MAX)?;
         let mut others = state.content.volumes.values().chain(state.reserved.values());
         if others.any(|other| other.name == volume.name || other.id == volume.id) {
             return Err(exists("volume", volume.name));
         }
-        self.fuse
-            .step()
-            .map_err(file_error("making volume folder", &folder))?;
+        self.fuse.step().map_err(file_error("making volume folder", &folder))?;
         make_folder(&folder)?;
         let written = self.write_header(&state.content, &volume, Life::Creating, None);
         if let Err(error) = written {
@@ -64,11 +54,7 @@ impl Catalogue {
     /// The volume is not reserved, or catalogue or header cannot be written; then it stays reserved.
     pub fn commit_volume(&self, id: VolumeId) -> Result<(), CatalogueError> {
         let mut state = self.state();
-        let volume = state
-            .reserved
-            .get(&id)
-            .cloned()
-            .ok_or_else(|| CatalogueError::unknown_volume(id))?;
+        let volume = state.reserved.get(&id).cloned().ok_or_else(|| CatalogueError::unknown_volume(id))?;
         self.apply(&[Change::Volume(&volume)])?;
         if let Err(error) = self.write_header(&state.content, &volume, Life::Live, None) {
             // With a header that says `Creating` a rebuild would lose it, so it must not exist.
@@ -86,10 +72,7 @@ impl Catalogue {
     /// The volume is not reserved, or a file cannot be removed; the next start tries again.
     pub fn discard_volume(&self, id: VolumeId) -> Result<(), CatalogueError> {
         let mut state = self.state();
-        let volume = state
-            .reserved
-            .remove(&id)
-            .ok_or_else(|| CatalogueError::unknown_volume(id))?;
+        let volume = state.reserved.remove(&id).ok_or_else(|| CatalogueError::unknown_volume(id))?;
         match self.folder(&volume) {
             Some(folder) => remove_folder(&folder),
             None => Ok(()),
@@ -103,11 +86,7 @@ impl Catalogue {
     /// removed it is deleted all the same, and the next start removes them.
     pub fn delete_volume(&self, id: VolumeId) -> Result<(), CatalogueError> {
         let mut state = self.state();
-        let volume = state
-            .content
-            .volumes
-            .get(&id)
-            .ok_or_else(|| CatalogueError::unknown_volume(id))?;
+        let volume = state.content.volumes.get(&id).ok_or_else(|| CatalogueError::unknown_volume(id))?;
         if let Some((mirror, _)) = state.content.mirror_of(id) {
             return Err(CatalogueError::InMirror {
                 what: "volume",
@@ -122,9 +101,7 @@ impl Catalogue {
         self.apply(&[Change::NoVolume(id)])?;
         state.content.volumes.remove(&id);
         if let Some(folder) = folder {
-            self.fuse
-                .step()
-                .map_err(file_error("removing volume folder", &folder))?;
+            self.fuse.step().map_err(file_error("removing volume folder", &folder))?;
             remove_folder(&folder)?;
         }
         Ok(())
@@ -136,13 +113,7 @@ impl Catalogue {
     /// The name is taken, the certificate too long, or the catalogue cannot be written.
     pub fn add_partner(&self, partner: PartnerRecord) -> Result<(), CatalogueError> {
         let mut state = self.state();
-        bound(
-            "certificate",
-            &partner.name,
-            partner.certificate.len(),
-            1,
-            CERTIFICATE_BYTES_MAX,
-        )?;
+        bound("certificate", &partner.name, partner.certificate.len(), 1, CERTIFICATE_BYTES_MAX)?;
         if state.content.partners.contains_key(&partner.name) {
             return Err(exists("partner", partner.name));
         }
@@ -160,12 +131,7 @@ impl Catalogue {
         if !state.content.partners.contains_key(name) {
             return Err(unknown("partner", name));
         }
-        if let Some(mirror) = state
-            .content
-            .mirrors
-            .values()
-            .find(|mirror| mirror.partner == *name)
-        {
+        if let Some(mirror) = state.content.mirrors.values().find(|mirror| mirror.partner == *name) {
             return Err(CatalogueError::InMirror {
                 what: "partner",
                 name: name.clone(),
@@ -184,11 +150,7 @@ impl Catalogue {
     /// or headers or the catalogue cannot be written: then there is no mirror.
     pub fn create_mirror(&self, mirror: MirrorRecord) -> Result<(), CatalogueError> {
         let mut state = self.state();
-        let mirror = MirrorRecord {
-            revision: 1,
-            rebuilt: false,
-            ..mirror
-        };
+        let mirror = MirrorRecord { revision: 1, rebuilt: false, ..mirror };
         check_new(&state, &mirror)?;
         let with = |settled| self.write_mirror_headers(&state.content, &mirror, settled);
         let outcome = with(false).and_then(|()| self.apply(&[Change::Mirror(&mirror)]));
@@ -216,18 +178,8 @@ impl Catalogue {
     /// written: then the old state stands, though a crash now may bring up the new one.
     pub fn update_group(&self, id: MirrorId, group: GroupRecord) -> Result<Vec<Notice>, CatalogueError> {
         let mut state = self.state();
-        let old = state
-            .content
-            .mirrors
-            .get(&id)
-            .ok_or_else(|| CatalogueError::unknown_mirror(id))?;
-        bound(
-            "group state",
-            &old.name,
-            group.state.len(),
-            0,
-            GROUP_STATE_BYTES_MAX,
-        )?;
+        let old = state.content.mirrors.get(&id).ok_or_else(|| CatalogueError::unknown_mirror(id))?;
+        bound("group state", &old.name, group.state.len(), 0, GROUP_STATE_BYTES_MAX)?;
         if group.epoch < old.group.epoch || group.incarnation < old.group.incarnation {
             return Err(CatalogueError::Falls {
                 mirror: old.name.clone(),
@@ -275,9 +227,7 @@ impl Catalogue {
     }
 
     pub(super) fn apply(&self, changes: &[Change<'_>]) -> Result<(), CatalogueError> {
-        self.fuse
-            .step()
-            .map_err(file_error("writing", std::path::Path::new(super::FILE_NAME)))?;
+        self.fuse.step().map_err(file_error("writing", std::path::Path::new(super::FILE_NAME)))?;
         self.store.apply(changes)
     }
 
@@ -288,15 +238,8 @@ impl Catalogue {
         life: Life,
         mirror: Option<MirrorPart>,
     ) -> Result<(), CatalogueError> {
-        let folder = self
-            .folder(volume)
-            .ok_or_else(|| CatalogueError::UnknownPool(volume.pool.clone()))?;
-        let header = Header {
-            site: content.site,
-            life,
-            volume: volume.clone(),
-            mirror,
-        };
+        let folder = self.folder(volume).ok_or_else(|| CatalogueError::UnknownPool(volume.pool.clone()))?;
+        let header = Header { site: content.site, life, volume: volume.clone(), mirror };
         let written = header.write(&folder, &self.fuse);
         written.map_err(file_error("writing header", &folder.join(FILE_NAME)))
     }
@@ -343,10 +286,7 @@ impl Content {
             settled,
             index: block::VolumeIndex(u16::try_from(index).ok()?),
             volume_count: u16::try_from(mirror.volumes.len()).ok()?,
-            mirror: MirrorRecord {
-                volumes: Vec::new(),
-                ..mirror.clone()
-            },
+            mirror: MirrorRecord { volumes: Vec::new(), ..mirror.clone() },
             partner,
         })
     }
@@ -365,28 +305,15 @@ fn check_new(state: &State, mirror: &MirrorRecord) -> Result<(), CatalogueError>
             most: MIRROR_VOLUMES_MAX,
         });
     }
-    bound(
-        "group state",
-        &mirror.name,
-        mirror.group.state.len(),
-        0,
-        GROUP_STATE_BYTES_MAX,
-    )?;
-    if content
-        .mirrors
-        .values()
-        .any(|other| other.name == mirror.name || other.id == mirror.id)
-    {
+    bound("group state", &mirror.name, mirror.group.state.len(), 0, GROUP_STATE_BYTES_MAX)?;
+    if content.mirrors.values().any(|other| other.name == mirror.name || other.id == mirror.id) {
         return Err(exists("mirror", mirror.name.clone()));
     }
     if !content.partners.contains_key(&mirror.partner) {
         return Err(unknown("partner", &mirror.partner));
     }
     for (place, id) in mirror.volumes.iter().enumerate() {
-        let volume = content
-            .volumes
-            .get(id)
-            .ok_or_else(|| CatalogueError::unknown_volume(*id))?;
+        let volume = content.volumes.get(id).ok_or_else(|| CatalogueError::unknown_volume(*id))?;
         let taken = content.mirror_of(*id).map(|(other, _)| other.name.clone());
         let twice = mirror.volumes.iter().take(place).any(|earlier| earlier == id);
         if let Some(other) = taken.or_else(|| twice.then(|| mirror.name.clone())) {
@@ -410,14 +337,7 @@ fn bound(
     if (least..=most).contains(&actual) {
         return Ok(());
     }
-    Err(CatalogueError::Bound {
-        what,
-        name: name.clone(),
-        actual,
-        unit: "bytes",
-        least,
-        most,
-    })
+    Err(CatalogueError::Bound { what, name: name.clone(), actual, unit: "bytes", least, most })
 }
 
 const fn exists(what: &'static str, name: VolumeName) -> CatalogueError {
@@ -425,8 +345,5 @@ const fn exists(what: &'static str, name: VolumeName) -> CatalogueError {
 }
 
 fn unknown(what: &'static str, name: &VolumeName) -> CatalogueError {
-    CatalogueError::Unknown {
-        what,
-        name: name.to_string(),
-    }
+    CatalogueError::Unknown { what, name: name.to_string() }
 }

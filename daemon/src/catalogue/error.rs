@@ -197,25 +197,15 @@ impl CatalogueError {
     }
 
     pub(super) fn unknown_volume(id: VolumeId) -> Self {
-        Self::Unknown {
-            what: "volume",
-            name: id.to_string(),
-        }
+        Self::Unknown { what: "volume", name: id.to_string() }
     }
 
     pub(super) fn unknown_mirror(id: MirrorId) -> Self {
-        Self::Unknown {
-            what: "mirror",
-            name: id.to_string(),
-        }
+        Self::Unknown { what: "mirror", name: id.to_string() }
     }
 }
 
 /// Turns an [`io::Error`] into a [`CatalogueError`] that names operation and path.
 pub(super) fn file_error(operation: &'static str, path: &Path) -> impl Fn(io::Error) -> CatalogueError {
-    move |source| CatalogueError::File {
-        operation,
-        path: path.to_owned(),
-        source,
-    }
+    move |source| CatalogueError::File { operation, path: path.to_owned(), source }
 }

@@ -13,9 +13,7 @@ impl Fuse {
     /// A fuse that lets `steps` durable steps pass, and none after.
     #[cfg(test)]
     pub(super) const fn after(steps: u32) -> Self {
-        Self {
-            steps_left: Some(std::sync::atomic::AtomicU32::new(steps)),
-        }
+        Self { steps_left: Some(std::sync::atomic::AtomicU32::new(steps)) }
     }
 
     /// True if the process is to be taken for dead from here on.
@@ -23,9 +21,7 @@ impl Fuse {
     pub(super) fn blows(&self) -> bool {
         use std::sync::atomic::Ordering::SeqCst;
         let one_less = |left: u32| left.checked_sub(1);
-        self.steps_left
-            .as_ref()
-            .is_some_and(|left| left.fetch_update(SeqCst, SeqCst, one_less).is_err())
+        self.steps_left.as_ref().is_some_and(|left| left.fetch_update(SeqCst, SeqCst, one_less).is_err())
     }
 
     /// True if the process is to be taken for dead from here on.

@@ -210,10 +210,7 @@ impl Header {
         *key = &self.volume.wrapped_key;
         let mut free = slot.text.as_mut_slice();
         for (length, text) in slot.fixed.text_lengths.iter_mut().zip(texts) {
-            assert!(
-                text.len() <= free.len(),
-                "the catalogue checks every length before it writes"
-            );
+            assert!(text.len() <= free.len(), "the catalogue checks every length before it writes");
             let (place, rest) = free.split_at_mut(text.len());
             place.copy_from_slice(text);
             // A slot is shorter than 2^16 bytes, and so is every text in it.
@@ -325,11 +322,7 @@ fn decode_mirror(fixed: &Fixed, texts: &[&[u8]; TEXTS]) -> Result<Option<MirrorP
         name: text(name, "mirror_name")?,
         partner: partner.name.clone(),
         mode: meaning(MirrorMode::ALL, fixed.mode, "mode")?,
-        rpo_seconds: fixed
-            .rpo_seconds
-            .get()
-            .try_into()
-            .map_err(|_| HeaderError::Field("rpo_seconds"))?,
+        rpo_seconds: fixed.rpo_seconds.get().try_into().map_err(|_| HeaderError::Field("rpo_seconds"))?,
         overload: meaning(Overload::ALL, fixed.overload, "overload")?,
         volumes: Vec::new(),
         group: GroupRecord {
@@ -353,10 +346,7 @@ fn decode_mirror(fixed: &Fixed, texts: &[&[u8]; TEXTS]) -> Result<Option<MirrorP
 impl Slot {
     /// CRC-32C of the whole slot with the checksum field zero.
     fn checksum(&self) -> u32 {
-        let fixed = Fixed {
-            checksum: U32::ZERO,
-            ..self.fixed.clone()
-        };
+        let fixed = Fixed { checksum: U32::ZERO, ..self.fixed.clone() };
         crc32c::crc32c_append(crc32c::crc32c(fixed.as_bytes()), &self.text)
     }
 

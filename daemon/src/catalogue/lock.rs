@@ -50,10 +50,7 @@ impl DirectoryLock {
         file.set_len(0)
             .and_then(|()| write!(file, "{}", std::process::id()))
             .map_err(file_error("writing lock file", &path))?;
-        Ok(Self {
-            directory: directory.to_owned(),
-            _file: file,
-        })
+        Ok(Self { directory: directory.to_owned(), _file: file })
     }
 
     /// The directory.
@@ -80,10 +77,7 @@ mod tests {
         let first = DirectoryLock::acquire(&directory).unwrap();
         let refused = DirectoryLock::acquire(&directory).unwrap_err().to_string();
         assert!(refused.contains(directory.to_str().unwrap()), "{refused}");
-        assert!(
-            refused.contains(&format!("(process {})", std::process::id())),
-            "{refused}"
-        );
+        assert!(refused.contains(&format!("(process {})", std::process::id())), "{refused}");
         drop(first);
         DirectoryLock::acquire(&directory).unwrap();
     }

@@ -77,12 +77,7 @@ impl Catalogue {
     /// The volume of that name.
     pub fn volume(&self, name: &VolumeName) -> Option<VolumeRecord> {
         let state = self.state();
-        state
-            .content
-            .volumes
-            .values()
-            .find(|volume| volume.name == *name)
-            .cloned()
+        state.content.volumes.values().find(|volume| volume.name == *name).cloned()
     }
 
     /// The volume of that identity.
@@ -98,10 +93,7 @@ impl Catalogue {
 
     /// The mirror that the volume is part of, and its index there.
     pub fn mirror_of(&self, volume: VolumeId) -> Option<(MirrorRecord, VolumeIndex)> {
-        self.state()
-            .content
-            .mirror_of(volume)
-            .map(|(mirror, index)| (mirror.clone(), index))
+        self.state().content.mirror_of(volume).map(|(mirror, index)| (mirror.clone(), index))
     }
 
     /// All partners, by name.
@@ -124,12 +116,7 @@ impl Catalogue {
     /// The mirror of that name.
     pub fn mirror(&self, name: &VolumeName) -> Option<MirrorRecord> {
         let state = self.state();
-        state
-            .content
-            .mirrors
-            .values()
-            .find(|mirror| mirror.name == *name)
-            .cloned()
+        state.content.mirrors.values().find(|mirror| mirror.name == *name).cloned()
     }
 
     /// The mirror of that identity.

@@ -40,19 +40,12 @@ impl Catalogue {
     ) -> Result<(Self, Vec<Notice>), CatalogueError> {
         let file = lock.directory().join(FILE_NAME);
         let found = scan(&pools)?;
-        let (store, content) = if file.exists() {
-            Store::open(&file)?
-        } else {
-            create(&file, &found)?
-        };
+        let (store, content) = if file.exists() { Store::open(&file)? } else { create(&file, &found)? };
         check(&content, &found, &file)?;
         let catalogue = Self {
             store,
             pools,
-            state: Mutex::new(State {
-                content,
-                reserved: BTreeMap::new(),
-            }),
+            state: Mutex::new(State { content, reserved: BTreeMap::new() }),
             fuse,
             _lock: lock,
         };
@@ -66,10 +59,7 @@ impl Catalogue {
         let mut notices = Vec::new();
         for ahead in states_ahead(&state.content, found) {
             self.apply(&[Change::Mirror(&ahead)])?;
-            notices.push(Notice::HeaderAhead {
-                mirror: ahead.name.clone(),
-                epoch: ahead.group.epoch,
-            });
+            notices.push(Notice::HeaderAhead { mirror: ahead.name.clone(), epoch: ahead.group.epoch });
             state.content.mirrors.insert(ahead.id, ahead);
         }
         for volume in state.content.volumes.values() {
@@ -86,39 +76,23 @@ impl Catalogue {
     /// Writes the volume's header anew if it does not say what the catalogue says.
     fn mend(&self, content: &Content, volume: &VolumeRecord, found: Option<&Found>) -> Option<Notice> {
         let Some(folder) = self.folder(volume) else {
-            return Some(Notice::PoolMissing {
-                volume: volume.name.clone(),
-                pool: volume.pool.clone(),
-            });
+            return Some(Notice::PoolMissing { volume: volume.name.clone(), pool: volume.pool.clone() });
         };
         let Some(found) = found.filter(|found| found.folder == folder) else {
-            return Some(Notice::FolderMissing {
-                volume: volume.name.clone(),
-                folder,
-            });
+            return Some(Notice::FolderMissing { volume: volume.name.clone(), folder });
         };
         let part = content
             .mirror_of(volume.id)
             .and_then(|(mirror, index)| content.part(mirror, usize::from(index.0), true));
-        let wanted = Header {
-            site: content.site,
-            life: Life::Live,
-            volume: volume.clone(),
-            mirror: part,
-        };
+        let wanted = Header { site: content.site, life: Life::Live, volume: volume.clone(), mirror: part };
         if found.header.as_ref().is_ok_and(|header| *header == wanted) {
             return None;
         }
         let volume_name = volume.name.clone();
-        Some(
-            match self.write_header(content, volume, Life::Live, wanted.mirror) {
-                Ok(()) => Notice::HeaderRestored { volume: volume_name },
-                Err(error) => Notice::HeaderNotWritten {
-                    volume: volume_name,
-                    reason: error.to_string(),
-                },
-            },
-        )
+        Some(match self.write_header(content, volume, Life::Live, wanted.mirror) {
+            Ok(()) => Notice::HeaderRestored { volume: volume_name },
+            Err(error) => Notice::HeaderNotWritten { volume: volume_name, reason: error.to_string() },
+        })
     }
 
     /// Removes a folder that the catalogue does not know, if its header says that this is right or it is empty.
@@ -157,10 +131,7 @@ fn create(file: &Path, found: &BTreeMap<VolumeId, Found>) -> Result<(Store, Cont
             header: found.folder.join(HEADER_NAME),
         });
     }
-    let content = Content {
-        site: SiteId(Uuid::new_v4()),
-        ..Content::default()
-    };
+    let content = Content { site: SiteId(Uuid::new_v4()), ..Content::default() };
     let store = Store::create(file, &content)?;
     Ok((store, content))
 }
@@ -189,11 +160,7 @@ fn check(content: &Content, found: &BTreeMap<VolumeId, Found>, file: &Path) -> R
                 expected: content.site,
             });
         }
-        let stale = |what| CatalogueError::Stale {
-            file: file.to_owned(),
-            header: path.clone(),
-            what,
-        };
+        let stale = |what| CatalogueError::Stale { file: file.to_owned(), header: path.clone(), what };
         if !known {
             return Err(stale(format!("volume '{}'", header.volume.name)));
         }
@@ -211,14 +178,10 @@ fn states_ahead(content: &Content, found: &BTreeMap<VolumeId, Found>) -> Vec<Mir
     let headers = found.values().filter_map(|found| found.header.as_ref().ok());
     let parts: Vec<_> = headers.filter_map(|header| header.mirror.as_ref()).collect();
     let ahead = |known: &MirrorRecord| {
-        let latest = parts
-            .iter()
-            .filter(|part| part.mirror.id == known.id)
-            .max_by_key(|part| part.mirror.order())?;
-        (latest.mirror.order() > known.order()).then(|| MirrorRecord {
-            volumes: known.volumes.clone(),
-            ..latest.mirror.clone()
-        })
+        let latest =
+            parts.iter().filter(|part| part.mirror.id == known.id).max_by_key(|part| part.mirror.order())?;
+        (latest.mirror.order() > known.order())
+            .then(|| MirrorRecord { volumes: known.volumes.clone(), ..latest.mirror.clone() })
     };
     content.mirrors.values().filter_map(ahead).collect()
 }

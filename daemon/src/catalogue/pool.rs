@@ -43,11 +43,7 @@ pub(super) fn scan(pools: &Pools) -> Result<BTreeMap<VolumeId, Found>, Catalogue
             let folder = entry.map_err(&failed)?.path();
             let Some(id) = volume_of(&folder) else { continue };
             let header = Header::read(&folder, pool).and_then(|header| {
-                if header.volume.id == id {
-                    Ok(header)
-                } else {
-                    Err(HeaderError::Field("volume"))
-                }
+                if header.volume.id == id { Ok(header) } else { Err(HeaderError::Field("volume")) }
             });
             if let Some(other) = all.get(&id) {
                 return Err(CatalogueError::Duplicate {
@@ -95,9 +91,7 @@ pub(super) fn remove_folder(folder: &Path) -> Result<(), CatalogueError> {
             std::fs::remove_file(&path).map_err(file_error("removing", &path))?;
         }
     }
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(file_error("syncing folder", folder))?;
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(file_error("syncing folder", folder))?;
     let header = folder.join(FILE_NAME);
     match std::fs::remove_file(&header) {
         Ok(()) => {}

@@ -36,10 +36,7 @@ impl Catalogue {
         let found = scan(&pools)?;
         let content = content(&found)?.ok_or_else(|| {
             let pools: Vec<_> = pools.values().map(|pool| pool.display().to_string()).collect();
-            CatalogueError::NothingToRebuild {
-                pools: pools.join(", "),
-                file: file.clone(),
-            }
+            CatalogueError::NothingToRebuild { pools: pools.join(", "), file: file.clone() }
         })?;
         keep_old(&file)?;
         // It replaces the old one whole, so there is a catalogue at every moment.
@@ -74,10 +71,7 @@ fn content(found: &BTreeMap<VolumeId, Found>) -> Result<Option<Content>, Catalog
     let Some((first, _)) = live.values().next() else {
         return Ok(None);
     };
-    let mut content = Content {
-        site: first.site,
-        ..Content::default()
-    };
+    let mut content = Content { site: first.site, ..Content::default() };
     let mut names: BTreeMap<&VolumeName, &Path> = BTreeMap::new();
     for (id, (header, folder)) in &live {
         if header.site != content.site {
@@ -129,14 +123,9 @@ fn add_mirror(content: &mut Content, parts: &[(VolumeId, &MirrorPart)]) -> Resul
             found: parts.len(),
         });
     }
-    let mirror = MirrorRecord {
-        volumes: by_index.into_values().collect(),
-        rebuilt: true,
-        ..latest.mirror.clone()
-    };
-    content
-        .partners
-        .insert(latest.partner.name.clone(), latest.partner.clone());
+    let mirror =
+        MirrorRecord { volumes: by_index.into_values().collect(), rebuilt: true, ..latest.mirror.clone() };
+    content.partners.insert(latest.partner.name.clone(), latest.partner.clone());
     content.mirrors.insert(mirror.id, mirror);
     Ok(())
 }

@@ -113,11 +113,7 @@ mod hexadecimal {
         if !rest.is_empty() {
             return Err(D::Error::custom("an odd number of hexadecimal digits"));
         }
-        let digit = |digit: u8| {
-            char::from(digit)
-                .to_digit(16)
-                .and_then(|value| u8::try_from(value).ok())
-        };
+        let digit = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
         pairs
             .iter()
             .map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?))

@@ -53,10 +53,7 @@ pub(super) struct Seal {
 impl Seal {
     /// The seal of the file `sealed`.
     pub(super) fn of(sealed: &Path) -> Self {
-        Self {
-            path: sealed.with_extension("sum"),
-            sealed: sealed.to_owned(),
-        }
+        Self { path: sealed.with_extension("sum"), sealed: sealed.to_owned() }
     }
 
     /// Compares the file with its seal.
@@ -128,10 +125,7 @@ impl Seal {
 impl Mark {
     /// CRC-32C of the mark with the checksum field zero.
     fn own_checksum(&self) -> u32 {
-        let bare = Self {
-            checksum: U32::ZERO,
-            ..self.clone()
-        };
+        let bare = Self { checksum: U32::ZERO, ..self.clone() };
         crc32c::crc32c(bare.as_bytes())
     }
 }

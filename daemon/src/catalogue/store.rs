@@ -66,10 +66,7 @@ impl Store {
     /// # Errors
     /// It is damaged, or of a format that we do not know.
     pub(super) fn open(file: &Path) -> Result<(Self, Content), CatalogueError> {
-        let damaged = |reason: String| CatalogueError::Damaged {
-            file: file.to_owned(),
-            reason,
-        };
+        let damaged = |reason: String| CatalogueError::Damaged { file: file.to_owned(), reason };
         let seal = Seal::of(file);
         let failed = file_error("reading", file);
         if seal.verdict().map_err(&failed)? == Verdict::Damaged {
@@ -83,19 +80,11 @@ impl Store {
             Err(error) => return Err(damaged(error.to_string())),
         }
         seal.close().map_err(&failed)?;
-        let store = Self {
-            database: Some(database),
-            file: file.to_owned(),
-            seal,
-        };
+        let store = Self { database: Some(database), file: file.to_owned(), seal };
         let content = match store.read() {
             Ok(content) => content,
             Err(ReadError::Format(found)) => {
-                return Err(CatalogueError::Format {
-                    file: file.to_owned(),
-                    found,
-                    known: FORMAT,
-                });
+                return Err(CatalogueError::Format { file: file.to_owned(), found, known: FORMAT });
             }
             Err(error) => return Err(damaged(error.to_string())),
         };
@@ -120,10 +109,7 @@ impl Store {
             let volumes = content.volumes.values().map(Change::Volume);
             let partners = content.partners.values().map(Change::Partner);
             let mirrors = content.mirrors.values().map(Change::Mirror);
-            volumes
-                .chain(partners)
-                .chain(mirrors)
-                .try_for_each(|change| change.apply(transaction))
+            volumes.chain(partners).chain(mirrors).try_for_each(|change| change.apply(transaction))
         };
         commit(&database, write).map_err(failed)?;
         let seal = Seal::of(file);
@@ -132,11 +118,7 @@ impl Store {
         std::fs::rename(&aside, file).map_err(file_error("renaming", &aside))?;
         sync_folder_of(file)?;
         seal.close().map_err(&sealing)?;
-        Ok(Self {
-            database: Some(database),
-            file: file.to_owned(),
-            seal,
-        })
+        Ok(Self { database: Some(database), file: file.to_owned(), seal })
     }
 
     /// Makes the changes durable, all or none.
@@ -181,10 +163,7 @@ impl Store {
         Ok(Content {
             site: SiteId::from_bytes(site.ok_or(ReadError::Row("meta"))?),
             volumes: volumes.into_iter().map(|volume| (volume.id, volume)).collect(),
-            partners: partners
-                .into_iter()
-                .map(|partner| (partner.name.clone(), partner))
-                .collect(),
+            partners: partners.into_iter().map(|partner| (partner.name.clone(), partner)).collect(),
             mirrors: mirrors.into_iter().map(|mirror| (mirror.id, mirror)).collect(),
         })
     }
@@ -232,25 +211,19 @@ impl Change<'_> {
     fn apply(&self, transaction: &WriteTransaction) -> Result<(), redb::Error> {
         match self {
             Self::Volume(volume) => {
-                transaction
-                    .open_table(VOLUMES)?
-                    .insert(volume.id.to_bytes(), row(volume).as_slice())?;
+                transaction.open_table(VOLUMES)?.insert(volume.id.to_bytes(), row(volume).as_slice())?;
             }
             Self::NoVolume(id) => {
                 transaction.open_table(VOLUMES)?.remove(id.to_bytes())?;
             }
             Self::Partner(partner) => {
-                transaction
-                    .open_table(PARTNERS)?
-                    .insert(partner.name.as_str(), row(partner).as_slice())?;
+                transaction.open_table(PARTNERS)?.insert(partner.name.as_str(), row(partner).as_slice())?;
             }
             Self::NoPartner(name) => {
                 transaction.open_table(PARTNERS)?.remove(name.as_str())?;
             }
             Self::Mirror(mirror) => {
-                transaction
-                    .open_table(MIRRORS)?
-                    .insert(mirror.id.to_bytes(), row(mirror).as_slice())?;
+                transaction.open_table(MIRRORS)?.insert(mirror.id.to_bytes(), row(mirror).as_slice())?;
             }
             Self::NoMirror(id) => {
                 transaction.open_table(MIRRORS)?.remove(id.to_bytes())?;
@@ -262,18 +235,12 @@ impl Change<'_> {
 
 fn row(record: &impl Serialize) -> Vec<u8> {
     let row = serde_json::to_vec(record).unwrap_or_default();
-    assert!(
-        !row.is_empty(),
-        "our own records have no maps and no failing serializers"
-    );
+    assert!(!row.is_empty(), "our own records have no maps and no failing serializers");
     row
 }
 
 fn store_error(file: &Path) -> impl Fn(redb::Error) -> CatalogueError {
-    move |source| CatalogueError::Store {
-        file: file.to_owned(),
-        source: Box::new(source),
-    }
+    move |source| CatalogueError::Store { file: file.to_owned(), source: Box::new(source) }
 }
 
 /// Makes the names in the folder of `path` durable.

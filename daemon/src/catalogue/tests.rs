@@ -29,10 +29,7 @@ impl Site {
     }
 
     fn pools(&self) -> Pools {
-        ["fast", "slow"]
-            .into_iter()
-            .map(|pool| (name(pool), self.path(pool)))
-            .collect()
+        ["fast", "slow"].into_iter().map(|pool| (name(pool), self.path(pool))).collect()
     }
 
     fn lock(&self) -> DirectoryLock {
@@ -49,9 +46,7 @@ impl Site {
 
     /// Opens with a crash after some durable steps; opening takes none if all is well.
     fn open_until(&self, steps: u32) -> Catalogue {
-        Catalogue::open_with(self.lock(), self.pools(), Fuse::after(steps))
-            .unwrap()
-            .0
+        Catalogue::open_with(self.lock(), self.pools(), Fuse::after(steps)).unwrap().0
     }
 
     /// Puts the catalogue and its seal back as they are in `backup`.
@@ -70,9 +65,7 @@ impl Site {
 
 /// A folder in memory if there is such: the crashes here are simulated, so nothing is gained by waiting for a disk.
 fn scratch() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm")
-        .or_else(|_| tempfile::tempdir())
-        .unwrap()
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 fn copy_folder(from: &Path, to: &Path) {
@@ -115,12 +108,7 @@ fn partner(text: &str) -> PartnerRecord {
 }
 
 fn group(epoch: u64, incarnation: u64, state: &str) -> GroupRecord {
-    GroupRecord {
-        epoch,
-        incarnation,
-        role: Role::Primary,
-        state: state.as_bytes().to_vec(),
-    }
+    GroupRecord { epoch, incarnation, role: Role::Primary, state: state.as_bytes().to_vec() }
 }
 
 fn mirror(text: &str, volumes: &[&VolumeRecord]) -> MirrorRecord {
@@ -166,9 +154,7 @@ fn content(catalogue: &Catalogue) -> Content {
 /// What a rebuild can know: partners only through mirrors; and it marks mirrors.
 fn rebuildable(mut content: Content) -> Content {
     let mirrors = &mut content.mirrors;
-    content
-        .partners
-        .retain(|name, _| mirrors.values().any(|mirror| mirror.partner == *name));
+    content.partners.retain(|name, _| mirrors.values().any(|mirror| mirror.partner == *name));
     for mirror in mirrors.values_mut() {
         mirror.rebuilt = true;
     }
@@ -178,31 +164,21 @@ fn rebuildable(mut content: Content) -> Content {
 type Operation = fn(&Catalogue) -> Result<(), CatalogueError>;
 
 const OPERATIONS: [(&str, Operation); 7] = [
-    ("create a volume", |catalogue| {
-        create_volume(catalogue, &volume("d", "slow"))
-    }),
-    ("delete a volume", |catalogue| {
-        catalogue.delete_volume(volume("c", "fast").id)
-    }),
+    ("create a volume", |catalogue| create_volume(catalogue, &volume("d", "slow"))),
+    ("delete a volume", |catalogue| catalogue.delete_volume(volume("c", "fast").id)),
     ("add a partner", |catalogue| catalogue.add_partner(partner("az3"))),
     ("create a mirror", |catalogue| {
-        let second = MirrorRecord {
-            id: MirrorId(Uuid::from_u128(43)),
-            ..mirror("n", &[&volume("c", "fast")])
-        };
+        let second =
+            MirrorRecord { id: MirrorId(Uuid::from_u128(43)), ..mirror("n", &[&volume("c", "fast")]) };
         catalogue.create_mirror(second)
     }),
     ("raise the epoch", |catalogue| {
         let id = MirrorId(Uuid::from_u128(42));
-        catalogue
-            .update_group(id, group(2, 1, "second"))
-            .map(|notices| assert_eq!(notices, []))
+        catalogue.update_group(id, group(2, 1, "second")).map(|notices| assert_eq!(notices, []))
     }),
     ("change the state only", |catalogue| {
         let id = MirrorId(Uuid::from_u128(42));
-        catalogue
-            .update_group(id, group(1, 1, "stopped"))
-            .map(|notices| assert_eq!(notices, []))
+        catalogue.update_group(id, group(1, 1, "stopped")).map(|notices| assert_eq!(notices, []))
     }),
     ("delete a mirror", |catalogue| {
         let notices = catalogue.delete_mirror(MirrorId(Uuid::from_u128(42)))?;
@@ -246,32 +222,18 @@ fn a_crash_at_any_step_leaves_the_state_before_or_after_also_for_a_rebuild() {
 fn check_crashed(crashed: &Site, what: &str, step: u32, before: &Content, after: &Content) {
     let lost = crashed.copy();
     let reopened = content(&crashed.open().unwrap().0);
-    assert!(
-        reopened == *before || reopened == *after,
-        "{what}, crash at step {step}: {reopened:#?}"
-    );
+    assert!(reopened == *before || reopened == *after, "{what}, crash at step {step}: {reopened:#?}");
     // Catalogue and headers agree now, and nothing is left to mend.
     let (catalogue, notices) = crashed.open().unwrap();
-    assert_eq!(
-        (notices, content(&catalogue)),
-        (vec![], reopened.clone()),
-        "{what}, {step}"
-    );
+    assert_eq!((notices, content(&catalogue)), (vec![], reopened.clone()), "{what}, {step}");
     drop(catalogue);
     let rebuilt = content(&crashed.rebuild().unwrap().0);
-    assert_eq!(
-        rebuilt,
-        rebuildable(reopened),
-        "{what}, crash at step {step}, rebuilt after reopening"
-    );
+    assert_eq!(rebuilt, rebuildable(reopened), "{what}, crash at step {step}, rebuilt after reopening");
     // The crash takes the catalogue with it.
     std::fs::remove_file(lost.path("data").join(FILE_NAME)).unwrap();
     let rebuilt = content(&lost.rebuild().unwrap().0);
     let possible = [rebuildable(before.clone()), rebuildable(after.clone())];
-    assert!(
-        possible.contains(&rebuilt),
-        "{what}, crash at step {step}, rebuilt at once: {rebuilt:#?}"
-    );
+    assert!(possible.contains(&rebuilt), "{what}, crash at step {step}, rebuilt at once: {rebuilt:#?}");
 }
 
 #[test]
@@ -301,29 +263,17 @@ fn the_highest_epoch_of_any_header_wins() {
     let site = populated();
     let older = site.copy();
     let (catalogue, _) = site.open().unwrap();
-    catalogue
-        .update_group(MirrorId(Uuid::from_u128(42)), group(9, 1, "fenced"))
-        .unwrap();
+    catalogue.update_group(MirrorId(Uuid::from_u128(42)), group(9, 1, "fenced")).unwrap();
     drop(catalogue);
     // One volume's pool comes from before the change, and the catalogue too.
     site.restore_catalogue(&older);
     let folder = format!("slow/{}", volume("b", "slow").id);
-    std::fs::copy(
-        older.path(&folder).join("header"),
-        site.path(&folder).join("header"),
-    )
-    .unwrap();
+    std::fs::copy(older.path(&folder).join("header"), site.path(&folder).join("header")).unwrap();
     let rebuilt = site.copy();
     let (catalogue, notices) = site.open().unwrap();
     assert_eq!(catalogue.mirror(&name("m")).unwrap().group, group(9, 1, "fenced"));
     assert!(
-        matches!(
-            notices[..],
-            [
-                Notice::HeaderAhead { epoch: 9, .. },
-                Notice::HeaderRestored { .. }
-            ]
-        ),
+        matches!(notices[..], [Notice::HeaderAhead { epoch: 9, .. }, Notice::HeaderRestored { .. }]),
         "{notices:?}"
     );
     let (catalogue, _) = rebuilt.rebuild().unwrap();
@@ -337,9 +287,7 @@ fn neither_epoch_nor_incarnation_falls() {
     let id = MirrorId(Uuid::from_u128(42));
     catalogue.update_group(id, group(4, 4, "")).unwrap();
     for (epoch, incarnation) in [(3, 4), (4, 3), (5, 3)] {
-        let refused = catalogue
-            .update_group(id, group(epoch, incarnation, ""))
-            .unwrap_err();
+        let refused = catalogue.update_group(id, group(epoch, incarnation, "")).unwrap_err();
         assert!(matches!(refused, CatalogueError::Falls { .. }), "{refused}");
     }
     assert_eq!(catalogue.mirror_by_id(id).unwrap().group, group(4, 4, ""));
@@ -360,10 +308,7 @@ fn a_torn_or_damaged_slot_leaves_the_other_and_two_are_restored_from_the_catalog
             std::fs::write(&path, &bytes).unwrap();
             older += u32::from(Header::read(&folder, &name("fast")).unwrap() != newest);
         }
-        assert_eq!(
-            older, 1,
-            "the slot of the newer generation was the damaged one once"
-        );
+        assert_eq!(older, 1, "the slot of the newer generation was the damaged one once");
     }
     let mut bytes = whole;
     bytes[200] ^= 1;
@@ -391,11 +336,7 @@ fn a_damaged_catalogue_is_one_clear_error_and_never_a_panic() {
         match round % 5 {
             0 => bytes.truncate(place),
             1 => bytes[place..].iter_mut().take(4096).for_each(|byte| *byte = 0),
-            2 => bytes
-                .iter_mut()
-                .skip(place)
-                .take(512)
-                .for_each(|byte| *byte ^= 0xa5),
+            2 => bytes.iter_mut().skip(place).take(512).for_each(|byte| *byte ^= 0xa5),
             3 => bytes[place % 512] ^= 1 << (random % 8),
             _ => bytes[place] ^= 1 << (random % 8),
         }
@@ -449,10 +390,7 @@ fn a_missing_catalogue_beside_volumes_is_refused_and_an_empty_site_starts_empty(
     );
     site.rebuild().unwrap();
     let empty = Site::new();
-    assert!(matches!(
-        empty.rebuild(),
-        Err(CatalogueError::NothingToRebuild { .. })
-    ));
+    assert!(matches!(empty.rebuild(), Err(CatalogueError::NothingToRebuild { .. })));
     let identity = empty.open().unwrap().0.site();
     assert_eq!(empty.open().unwrap().0.site(), identity);
 }
@@ -493,19 +431,9 @@ fn an_absent_pool_takes_its_volumes_offline_and_stops_a_rebuild_of_their_mirror(
     // The group can still be fenced.
     let id = MirrorId(Uuid::from_u128(42));
     let notices = catalogue.update_group(id, group(2, 1, "fenced")).unwrap();
-    assert!(
-        matches!(notices[..], [Notice::HeaderNotWritten { .. }]),
-        "{notices:?}"
-    );
+    assert!(matches!(notices[..], [Notice::HeaderNotWritten { .. }]), "{notices:?}");
     drop(catalogue);
-    assert!(matches!(
-        site.rebuild(),
-        Err(CatalogueError::MirrorIncomplete {
-            expected: 2,
-            found: 1,
-            ..
-        })
-    ));
+    assert!(matches!(site.rebuild(), Err(CatalogueError::MirrorIncomplete { expected: 2, found: 1, .. })));
     std::fs::rename(site.path("unmounted"), site.path("slow")).unwrap();
     let (catalogue, notices) = site.open().unwrap();
     assert_eq!(notices, [Notice::HeaderRestored { volume: name("b") }]);
@@ -521,33 +449,15 @@ fn what_is_taken_in_use_unknown_or_too_long_is_refused_and_changes_nothing() {
     let long = |length| "x".repeat(length);
     let refusals = [
         catalogue.reserve_volume(a.clone()).map(drop),
-        catalogue
-            .reserve_volume(VolumeRecord {
-                name: name("c"),
-                ..volume("e", "fast")
-            })
-            .map(drop),
+        catalogue.reserve_volume(VolumeRecord { name: name("c"), ..volume("e", "fast") }).map(drop),
         catalogue.reserve_volume(volume("e", "nowhere")).map(drop),
-        catalogue
-            .reserve_volume(VolumeRecord {
-                class: long(65),
-                ..volume("e", "fast")
-            })
-            .map(drop),
-        catalogue
-            .reserve_volume(VolumeRecord {
-                wrapped_key: vec![],
-                ..volume("e", "fast")
-            })
-            .map(drop),
+        catalogue.reserve_volume(VolumeRecord { class: long(65), ..volume("e", "fast") }).map(drop),
+        catalogue.reserve_volume(VolumeRecord { wrapped_key: vec![], ..volume("e", "fast") }).map(drop),
         catalogue.commit_volume(a.id),
         catalogue.delete_volume(a.id),
         catalogue.delete_volume(volume("e", "fast").id),
         catalogue.add_partner(partner("az2")),
-        catalogue.add_partner(PartnerRecord {
-            certificate: long(7000),
-            ..partner("az3")
-        }),
+        catalogue.add_partner(PartnerRecord { certificate: long(7000), ..partner("az3") }),
         catalogue.remove_partner(&name("az2")),
         catalogue.remove_partner(&name("az3")),
     ];
@@ -569,36 +479,15 @@ fn a_mirror_of_what_is_taken_or_unknown_is_refused_and_changes_nothing() {
     let before = content(&catalogue);
     let (a, c) = (volume("a", "fast"), volume("c", "fast"));
     let long = |length| "x".repeat(length);
-    let second = MirrorRecord {
-        id: MirrorId(Uuid::from_u128(43)),
-        ..mirror("n", &[&c])
-    };
+    let second = MirrorRecord { id: MirrorId(Uuid::from_u128(43)), ..mirror("n", &[&c]) };
     all_refused([
         catalogue.create_mirror(mirror("m", &[&c])),
-        catalogue.create_mirror(MirrorRecord {
-            name: name("m"),
-            ..second.clone()
-        }),
-        catalogue.create_mirror(MirrorRecord {
-            volumes: vec![],
-            ..second.clone()
-        }),
-        catalogue.create_mirror(MirrorRecord {
-            volumes: vec![c.id, c.id],
-            ..second.clone()
-        }),
-        catalogue.create_mirror(MirrorRecord {
-            volumes: vec![a.id],
-            ..second.clone()
-        }),
-        catalogue.create_mirror(MirrorRecord {
-            partner: name("az3"),
-            ..second.clone()
-        }),
-        catalogue.create_mirror(MirrorRecord {
-            group: group(1, 1, &long(8193)),
-            ..second
-        }),
+        catalogue.create_mirror(MirrorRecord { name: name("m"), ..second.clone() }),
+        catalogue.create_mirror(MirrorRecord { volumes: vec![], ..second.clone() }),
+        catalogue.create_mirror(MirrorRecord { volumes: vec![c.id, c.id], ..second.clone() }),
+        catalogue.create_mirror(MirrorRecord { volumes: vec![a.id], ..second.clone() }),
+        catalogue.create_mirror(MirrorRecord { partner: name("az3"), ..second.clone() }),
+        catalogue.create_mirror(MirrorRecord { group: group(1, 1, &long(8193)), ..second }),
         catalogue.delete_mirror(MirrorId(Uuid::from_u128(43))).map(drop),
     ]);
     assert_eq!(content(&catalogue), before);
@@ -611,14 +500,7 @@ fn a_discarded_volume_leaves_nothing_and_frees_its_name() {
     let d = volume("d", "fast");
     let folder = catalogue.reserve_volume(d.clone()).unwrap();
     std::fs::write(folder.join("data"), b"data").unwrap();
-    assert!(
-        catalogue
-            .reserve_volume(VolumeRecord {
-                id: volume("e", "fast").id,
-                ..d.clone()
-            })
-            .is_err()
-    );
+    assert!(catalogue.reserve_volume(VolumeRecord { id: volume("e", "fast").id, ..d.clone() }).is_err());
     catalogue.discard_volume(d.id).unwrap();
     assert!(!folder.exists());
     create_volume(&catalogue, &d).unwrap();

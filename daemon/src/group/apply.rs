@@ -159,7 +159,9 @@ impl Secondary {
 
     fn flush_if_due(&mut self, now: Monotonic, _settings: &MirrorSettings, out: &mut Outbox) -> bool {
         let applying = &mut self.applying;
-        let Some(since) = applying.unflushed_since else { return false };
+        let Some(since) = applying.unflushed_since else {
+            return false;
+        };
         let due = now.since(since) >= FLUSH_INTERVAL || applying.unflushed_bytes >= FLUSH_BYTES;
         let hurried = applying.hurry && self.queue.is_empty();
         if !due && !hurried {
@@ -178,12 +180,18 @@ impl Secondary {
     }
 
     fn read_back(&mut self, out: &mut Outbox) -> bool {
-        let Some(next) = self.queue.front().filter(|item| item.records.is_none() && !item.done) else { return false };
+        let Some(next) = self.queue.front().filter(|item| item.records.is_none() && !item.done) else {
+            return false;
+        };
         let placement = &next.placement;
         self.applying.stage = Stage::Reading;
         out.io(
             Purpose::ApplyRead,
-            IoRequest::RedoRead { file: placement.file_index, offset: placement.offset, length: placement.length },
+            IoRequest::RedoRead {
+                file: placement.file_index,
+                offset: placement.offset,
+                length: placement.length,
+            },
         );
         true
     }
@@ -191,10 +199,12 @@ impl Secondary {
     /// A cut was read back from redo.
     pub(super) fn apply_read(&mut self, data: Result<Bytes, IoFailure>, now: Monotonic, out: &mut Outbox) {
         self.applying.stage = Stage::Idle;
-        let decoded = data.map_err(|failure| failure.to_string()).and_then(|bytes| {
-            journal::decode(&bytes).map_err(|error| error.to_string())
-        });
-        let Some(front) = self.queue.front_mut() else { return };
+        let decoded = data
+            .map_err(|failure| failure.to_string())
+            .and_then(|bytes| journal::decode(&bytes).map_err(|error| error.to_string()));
+        let Some(front) = self.queue.front_mut() else {
+            return;
+        };
         match decoded {
             Ok(cut) if cut.tip == front.tip => front.records = Some(cut.records),
             Ok(_) => self.fault("redo holds another cut than the one that was written", now, out),
@@ -205,7 +215,9 @@ impl Secondary {
     fn write_next(&mut self, now: Monotonic, out: &mut Outbox) -> bool {
         let mut bytes = 0;
         while let Some(item) = self.queue.front() {
-            if (item.records.is_none() && !item.done) || (bytes > 0 && bytes + item.placement.length > MERGE_BYTES_MAX) {
+            if (item.records.is_none() && !item.done)
+                || (bytes > 0 && bytes + item.placement.length > MERGE_BYTES_MAX)
+            {
                 break;
             }
             bytes += item.placement.length;
@@ -300,7 +312,9 @@ impl Secondary {
     pub(super) fn checkpointed(&mut self, ok: bool, now: Monotonic, out: &mut Outbox) {
         self.applying.stage = Stage::Idle;
         // A failed write may have torn its slot: the next attempt takes the same one, and the other stays good.
-        let Some(next) = self.next_checkpoint.take() else { return };
+        let Some(next) = self.next_checkpoint.take() else {
+            return;
+        };
         if !ok {
             return self.fault("the redo checkpoint could not be written: redo is kept", now, out);
         }

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use block::{ByteCount, ByteRange, Monotonic, Position, Sequence, VolumeIndex, WallTime};
-use protocol::{
-    Ack, AckOutcome, Hello, Message, PROTOCOL_VERSION, Refuse, RefusalCode, ResumePlan, SenderChain, Welcome,
-};
 use engine::dirty_map::DirtyMap;
 use protocol::GroupState;
+use protocol::{
+    Ack, AckOutcome, Hello, Message, PROTOCOL_VERSION, RefusalCode, Refuse, ResumePlan, SenderChain, Welcome,
+};
 
 use super::MirrorSettings;
 use super::effect::{Effect, Loudness, Outbox, SessionId};
@@ -42,7 +42,13 @@ impl Primary {
         }
     }
 
-    pub(super) fn dialed(&mut self, session: SessionId, settings: &MirrorSettings, state: &GroupState, out: &mut Outbox) {
+    pub(super) fn dialed(
+        &mut self,
+        session: SessionId,
+        settings: &MirrorSettings,
+        state: &GroupState,
+        out: &mut Outbox,
+    ) {
         if !matches!(self.link, Link::Dialing { .. }) {
             out.push(Effect::CloseSession { session, reason: "not wanted any more".into() });
             return;
@@ -80,7 +86,13 @@ impl Primary {
     }
 
     /// The session ended. What was sent and not acknowledged is sent again in the next one.
-    pub(super) fn session_closed(&mut self, session: SessionId, reason: &str, now: Monotonic, out: &mut Outbox) {
+    pub(super) fn session_closed(
+        &mut self,
+        session: SessionId,
+        reason: &str,
+        now: Monotonic,
+        out: &mut Outbox,
+    ) {
         if !self.is_session(session) {
             return;
         }
@@ -137,7 +149,11 @@ impl Primary {
             | Message::Deleted
             | Message::Ping
             | Message::Pong { .. } => {
-                self.close(Link::Down { retry_at: now + RETRY_LAST, attempt: 0 }, "a message out of place", out);
+                self.close(
+                    Link::Down { retry_at: now + RETRY_LAST, attempt: 0 },
+                    "a message out of place",
+                    out,
+                );
                 LinkNews::Nothing
             }
         }
@@ -148,7 +164,11 @@ impl Primary {
             RefusalCode::StaleEpoch if refuse.epoch > state.epoch => LinkNews::Fenced(Box::new(refuse)),
             RefusalCode::Busy => {
                 self.trouble = Some(refuse.text.clone());
-                self.close(Link::Down { retry_at: now + RETRY_FIRST, attempt: 0 }, "the partner is busy", out);
+                self.close(
+                    Link::Down { retry_at: now + RETRY_FIRST, attempt: 0 },
+                    "the partner is busy",
+                    out,
+                );
                 LinkNews::Nothing
             }
             RefusalCode::StaleEpoch
@@ -159,7 +179,10 @@ impl Primary {
             | RefusalCode::Conflict
             | RefusalCode::NoSpace
             | RefusalCode::Protocol => self.halt(
-                format!("the partner refuses the mirror: {}; mend it, then run 'farshore mirror start'", refuse.text),
+                format!(
+                    "the partner refuses the mirror: {}; mend it, then run 'farshore mirror start'",
+                    refuse.text
+                ),
                 out,
             ),
         }
@@ -177,10 +200,14 @@ impl Primary {
         if self.link != (Link::Greeting { session }) {
             return LinkNews::Nothing;
         }
-        let below_known = self.known_tip.take().is_some_and(|known| welcome.tip.position.order(&known).is_lt());
+        let below_known =
+            self.known_tip.take().is_some_and(|known| welcome.tip.position.order(&known).is_lt());
         let plan = match state.judge_tip(self.position(), &welcome.tip, welcome.diverged) {
             ResumePlan::Ancestor if below_known && !state.overwrite_approved => ResumePlan::Unrelated,
-            plan => plan,
+            plan @ (ResumePlan::SameIncarnation
+            | ResumePlan::Ancestor
+            | ResumePlan::Diverged
+            | ResumePlan::Unrelated) => plan,
         };
         self.link = Link::Up { session };
         self.trouble = None;
@@ -198,7 +225,10 @@ impl Primary {
             ResumePlan::Diverged => self.resume_diverged(welcome, state, now, out),
             ResumePlan::Unrelated => return self.unrelated(settings, state, welcome, out),
         }
-        out.log(Loudness::Info, format!("the partner answered: its image is at position {}", welcome.tip.position));
+        out.log(
+            Loudness::Info,
+            format!("the partner answered: its image is at position {}", welcome.tip.position),
+        );
         LinkNews::Heard
     }
 
@@ -281,7 +311,9 @@ impl Primary {
 
     /// The comparison with a diverged partner has ended: go on if it holds nothing of its own, else wait.
     pub(super) fn open_gate_if_compared(&mut self, out: &mut Outbox) {
-        let (Gate::Comparing, Some(session)) = (self.gate, self.session()) else { return };
+        let (Gate::Comparing, Some(session)) = (self.gate, self.session()) else {
+            return;
+        };
         if !self.compare.is_done() {
             return;
         }
@@ -324,7 +356,8 @@ impl Primary {
         now: Monotonic,
         out: &mut Outbox,
     ) -> bool {
-        let staged = welcome.staged.filter(|(id, _)| self.pass.is_some_and(|pass| pass.id == *id)).map(|(_, tip)| tip);
+        let staged =
+            welcome.staged.filter(|(id, _)| self.pass.is_some_and(|pass| pass.id == *id)).map(|(_, tip)| tip);
         // What the target holds and this side has not heard of is as good as acknowledged.
         if let Some(outcome) = self.chain.as_mut().and_then(|chain| chain.acknowledged(&welcome.tip, false)) {
             self.stored(outcome, state, now);
@@ -334,7 +367,9 @@ impl Primary {
         {
             self.stored(outcome, state, now);
         }
-        let Some(chain) = &mut self.chain else { return false };
+        let Some(chain) = &mut self.chain else {
+            return false;
+        };
         if !chain.resume(&welcome.tip, staged.as_ref()) {
             return false;
         }
@@ -377,7 +412,8 @@ impl Primary {
         match outcome {
             Some(outcome) => self.stored(outcome, state, now),
             None => {
-                let reason = format!("the partner acknowledged position {} that was never sent", ack.tip.position);
+                let reason =
+                    format!("the partner acknowledged position {} that was never sent", ack.tip.position);
                 out.log(Loudness::Error, reason.clone());
                 self.close(Link::Down { retry_at: now + RETRY_LAST, attempt: 0 }, &reason, out);
                 LinkNews::Nothing
@@ -401,7 +437,9 @@ impl Primary {
             }
         }
         self.ring.release(through);
-        let Some(tip) = outcome.committed else { return LinkNews::Nothing };
+        let Some(tip) = outcome.committed else {
+            return LinkNews::Nothing;
+        };
         self.committed(tip.position, state, now)
     }
 

@@ -19,8 +19,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use block::{
-    ByteCount, ByteRange, HostCommand, HostError, HostResult, IopsLimit, MirrorId, Monotonic, Position, SiteId, Tip,
-    VolumeId, VolumeIndex, WallTime,
+    ByteCount, ByteRange, HostCommand, HostError, HostResult, IopsLimit, MirrorId, Monotonic, Position,
+    SiteId, Tip, VolumeId, VolumeIndex, WallTime,
 };
 use bytes::Bytes;
 use engine::dirty_map::DirtyMap;
@@ -28,7 +28,7 @@ use engine::intent_map::IntentMap;
 use engine::volume::{Content, Volume, VolumeConfig};
 use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
-use protocol::{GroupState, HelloVerdict, Hello, Message, Refusal, RefusalCode, Refuse};
+use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
@@ -203,7 +203,13 @@ impl Group {
     ///
     /// # Panics
     /// If the group is mirrored already, or `state` is not a primary's.
-    pub fn attach(&mut self, settings: MirrorSettings, state: GroupState, mut opened: OpenedMirror, now: Monotonic) {
+    pub fn attach(
+        &mut self,
+        settings: MirrorSettings,
+        state: GroupState,
+        mut opened: OpenedMirror,
+        now: Monotonic,
+    ) {
         assert!(self.mirror.is_none(), "a group has one mirror");
         assert!(state.role == protocol::Role::Primary, "hosts write here");
         let mut dirty = Vec::new();
@@ -265,7 +271,9 @@ impl Group {
 
     /// Takes the mirror away: the volumes serve hosts on their own.
     pub fn detach(&mut self, now: Monotonic) {
-        let Some(mut mirror) = self.mirror.take() else { return };
+        let Some(mut mirror) = self.mirror.take() else {
+            return;
+        };
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
@@ -308,7 +316,9 @@ impl Group {
         let (now, presented) = (self.now, self.presented);
         match self.slot(volume) {
             Some(slot) if presented => slot.volume.submit(now, id, command),
-            Some(_) | None => self.out.push(Effect::Reply { volume, command: id, result: Err(HostError::Shutdown) }),
+            Some(_) | None => {
+                self.out.push(Effect::Reply { volume, command: id, result: Err(HostError::Shutdown) })
+            }
         }
     }
 
@@ -376,7 +386,10 @@ impl Group {
         }
         self.out.log(
             Loudness::Error,
-            format!("volume {} is poisoned: a flush failed; it refuses writes until farshored restarts", volume.0),
+            format!(
+                "volume {} is poisoned: a flush failed; it refuses writes until farshored restarts",
+                volume.0
+            ),
         );
         if let Some(mirror) = &mut self.mirror {
             mirror.end_incarnation();
@@ -416,7 +429,9 @@ impl Group {
             engine::volume::Effect::Prepare { step, command, device, wanted, read_head, read_tail } => {
                 Effect::Prepare { volume, step, command, device, wanted, read_head, read_tail }
             }
-            engine::volume::Effect::Admit { step, device, content, .. } => return self.admit(volume, step, device, content),
+            engine::volume::Effect::Admit { step, device, content, .. } => {
+                return self.admit(volume, step, device, content);
+            }
             engine::volume::Effect::Write { step, device, content, durable, .. } => {
                 let data = match content {
                     Content::Sealed => self.sealed.get(&(volume, step)).cloned(),
@@ -424,9 +439,13 @@ impl Group {
                 };
                 Effect::Write { volume, step, device, data, durable }
             }
-            engine::volume::Effect::ZeroRange { step, device, .. } => Effect::ZeroRange { volume, step, device },
+            engine::volume::Effect::ZeroRange { step, device, .. } => {
+                Effect::ZeroRange { volume, step, device }
+            }
             engine::volume::Effect::Flush { step, .. } => Effect::Flush { volume, step },
-            engine::volume::Effect::CopyReady { device, step } => return self.copy_ready(volume, step, device),
+            engine::volume::Effect::CopyReady { device, step } => {
+                return self.copy_ready(volume, step, device);
+            }
             engine::volume::Effect::Reply { command, result } => Effect::Reply { volume, command, result },
         };
         self.out.push(effect);
@@ -496,12 +515,18 @@ impl Group {
         self.write_stored_intents();
         self.end_grace();
         self.transition_turn();
+        // What the turn found worth storing is stored now: no later event may come to ask for it.
+        if let Some(mirror) = &mut self.mirror {
+            mirror.next_change(now, &mut self.out);
+        }
     }
 
     fn begin_copy(&mut self, volume: VolumeIndex, range: ByteRange) {
         let now = self.now;
         let step = self.slot(volume).map(|slot| slot.volume.begin_copy(now, range));
-        if let (Some(step), Some(Mirror { machine: Machine::Primary(primary), .. })) = (step, &mut self.mirror) {
+        if let (Some(step), Some(Mirror { machine: Machine::Primary(primary), .. })) =
+            (step, &mut self.mirror)
+        {
             primary.copying.locking(volume, range, step);
         }
     }
@@ -509,7 +534,9 @@ impl Group {
     fn finish_batch(&mut self) {
         let wall = self.wall;
         let Some(mirror) = &mut self.mirror else { return };
-        let Machine::Secondary(secondary) = &mut mirror.machine else { return };
+        let Machine::Secondary(secondary) = &mut mirror.machine else {
+            return;
+        };
         match secondary.batch_completes(&mirror.state) {
             Some(TargetNews::Complete) => mirror.note_complete(),
             Some(TargetNews::Nothing) => secondary.batch_counts(wall, &mut self.out),
@@ -561,7 +588,12 @@ impl Group {
     /// The partner opened a session with this hello.
     pub fn greeted(&mut self, session: SessionId, hello: Hello) {
         let Some(mirror) = &mut self.mirror else {
-            return refuse(session, &GroupState::new_secondary(SiteId::default()), unknown_mirror(), &mut self.out);
+            return refuse(
+                session,
+                &GroupState::new_secondary(SiteId::default()),
+                unknown_mirror(),
+                &mut self.out,
+            );
         };
         if let Some(text) = mirror.mismatch(&hello) {
             let refusal = Refusal { code: RefusalCode::Mismatch, text };
@@ -596,7 +628,8 @@ impl Group {
         let Some(mirror) = &mut self.mirror else { return };
         match &mut mirror.machine {
             Machine::Primary(primary) if primary.is_session(session) => {
-                let news = primary.message(session, message, &mirror.settings, &mirror.state, now, &mut self.out);
+                let news =
+                    primary.message(session, message, &mirror.settings, &mirror.state, now, &mut self.out);
                 self.link_news(news);
             }
             Machine::Secondary(secondary) if secondary.is_session(session) => {
@@ -651,9 +684,13 @@ impl Group {
 
     /// An [`Effect::Io`] was answered.
     pub fn io_done(&mut self, io: IoId, result: Result<Bytes, IoFailure>) {
-        let Some(purpose) = self.out.answered(io) else { return };
+        let Some(purpose) = self.out.answered(io) else {
+            return;
+        };
         match purpose {
-            Purpose::Intent { volume, page, generation } => self.intent_written(volume, page, generation, result.is_ok()),
+            Purpose::Intent { volume, page, generation } => {
+                self.intent_written(volume, page, generation, result.is_ok())
+            }
             Purpose::PersistState => self.state_persisted(result.err()),
             Purpose::Transition => self.transition_done(result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
@@ -671,7 +708,9 @@ impl Group {
     }
 
     fn primary_io(&mut self, purpose: Purpose, result: Result<Bytes, IoFailure>) {
-        let Some(Mirror { machine: Machine::Primary(primary), settings, .. }) = &mut self.mirror else { return };
+        let Some(Mirror { machine: Machine::Primary(primary), settings, .. }) = &mut self.mirror else {
+            return;
+        };
         if let Purpose::CompareRead { request } = purpose {
             primary.compare_home(request, result);
         } else if let (Purpose::ClearFlush { volume, submitted_at }, Ok(_)) = (purpose, result) {

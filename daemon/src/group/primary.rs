@@ -7,7 +7,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use block::{BlockCount, ByteCount, ByteRange, HostError, Lba, Monotonic, Position, Sequence, VolumeIndex, WallTime};
+use block::{
+    BlockCount, ByteCount, ByteRange, HostError, Lba, Monotonic, Position, Sequence, VolumeIndex, WallTime,
+};
 use bytes::Bytes;
 use engine::StepId;
 use engine::dirty_map::DirtyMap;
@@ -196,7 +198,11 @@ impl Primary {
     pub(super) const fn session(&self) -> Option<SessionId> {
         match &self.link {
             Link::Up { session } => Some(*session),
-            Link::Down { .. } | Link::Dialing { .. } | Link::Greeting { .. } | Link::Halted { .. } | Link::Stopped => None,
+            Link::Down { .. }
+            | Link::Dialing { .. }
+            | Link::Greeting { .. }
+            | Link::Halted { .. }
+            | Link::Stopped => None,
         }
     }
 
@@ -267,7 +273,8 @@ impl Primary {
         ok: bool,
     ) -> Vec<StepId> {
         let result = if ok { Ok(()) } else { Err(HostError::Io) };
-        let PageWritten::Failed { range } = self.volume(volume).intent.written(page, generation, result) else {
+        let PageWritten::Failed { range } = self.volume(volume).intent.written(page, generation, result)
+        else {
             return Vec::new();
         };
         let (failed, waiting): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.waiting)
@@ -304,19 +311,35 @@ impl Primary {
         }
         self.volume(volume).current.set(range);
         self.commit_floor = sequence;
-        if !self.is_staging() && self.folded_from.is_none() && !self.pass.is_some_and(|pass| pass.commit.is_none()) {
+        if !self.is_staging()
+            && self.folded_from.is_none()
+            && self.pass.is_none_or(|pass| pass.commit.is_some())
+        {
             self.folded_from = Some(sequence);
             out.log(
                 Loudness::Warn,
-                format!("the ring is full: from sequence {sequence} on, changed blocks are kept in the dirty map"),
+                format!(
+                    "the ring is full: from sequence {sequence} on, changed blocks are kept in the dirty map"
+                ),
             );
         }
     }
 
     /// A home write has ended. Returns true if it succeeded.
-    pub(super) fn ended(&mut self, volume: VolumeIndex, step: StepId, ok: bool, now: Monotonic, out: &mut Outbox) {
-        let Some(sequence) = self.steps.remove(&(volume, step)) else { return };
-        let Some(write) = self.in_flight.remove(&sequence) else { return };
+    pub(super) fn ended(
+        &mut self,
+        volume: VolumeIndex,
+        step: StepId,
+        ok: bool,
+        now: Monotonic,
+        out: &mut Outbox,
+    ) {
+        let Some(sequence) = self.steps.remove(&(volume, step)) else {
+            return;
+        };
+        let Some(write) = self.in_flight.remove(&sequence) else {
+            return;
+        };
         self.volume(write.volume).tracker.ended(write.range, now);
         if ok {
             self.rpo.acknowledged(sequence, now);
@@ -326,7 +349,10 @@ impl Primary {
         self.ring.void(sequence);
         self.volume(write.volume).current.set(write.range);
         self.commit_floor = self.commit_floor.max(sequence);
-        out.log(Loudness::Error, format!("a write failed at home: sequence {sequence} is void, its blocks are copied"));
+        out.log(
+            Loudness::Error,
+            format!("a write failed at home: sequence {sequence} is void, its blocks are copied"),
+        );
     }
 
     /// The last sequence with every one before it ended at home.
@@ -358,7 +384,13 @@ impl Primary {
     }
 
     /// Sends the cuts that are due.
-    pub(super) fn send_cuts(&mut self, settings: &MirrorSettings, now: Monotonic, wall: WallTime, out: &mut Outbox) {
+    pub(super) fn send_cuts(
+        &mut self,
+        settings: &MirrorSettings,
+        now: Monotonic,
+        wall: WallTime,
+        out: &mut Outbox,
+    ) {
         let Some(session) = self.session() else { return };
         if self.gate != Gate::Open {
             return;
@@ -366,12 +398,10 @@ impl Primary {
         self.start_pass_if_needed(out);
         while self.chain.as_ref().is_some_and(|chain| chain.outstanding() < OUTSTANDING_CUTS_MAX) {
             let (after, limit) = (self.sent_through(), self.cut_limit());
-            let through = if limit > after {
-                self.ring.last_through(after, limit, settings.cut_bytes)
-            } else {
-                after
-            };
-            let commits_pass = self.pass.is_some_and(|pass| pass.commit.is_none()) && self.commit_ready(through);
+            let through =
+                if limit > after { self.ring.last_through(after, limit, settings.cut_bytes) } else { after };
+            let commits_pass =
+                self.pass.is_some_and(|pass| pass.commit.is_none()) && self.commit_ready(through);
             let full = through < limit;
             if limit > after && !full && self.cut_due.is_none() {
                 self.cut_due = Some(now + settings.cut_interval);
@@ -425,7 +455,8 @@ impl Primary {
         wall: WallTime,
     ) -> EncodedCut {
         let previous = self.chain.as_ref().map(SenderChain::last).unwrap_or_default();
-        let initial = self.pass.is_some_and(|pass| pass.is_initial() && pass.commit.is_none()) && !commits_pass;
+        let initial =
+            self.pass.is_some_and(|pass| pass.is_initial() && pass.commit.is_none()) && !commits_pass;
         let staging = self.is_staging();
         let meta = CutMeta {
             mirror: settings.mirror,
@@ -460,7 +491,11 @@ impl Primary {
 
     /// Bytes that the target lacks: the ring's payloads and the dirty blocks.
     pub(super) fn backlog(&self) -> ByteCount {
-        let dirty: u64 = self.volumes.iter().map(|volume| volume.current.count().bytes().0 + volume.next.count().bytes().0).sum();
+        let dirty: u64 = self
+            .volumes
+            .iter()
+            .map(|volume| volume.current.count().bytes().0 + volume.next.count().bytes().0)
+            .sum();
         ByteCount(self.ring.bytes().saturating_add(dirty).saturating_add(self.compare.remaining_bytes()))
     }
 
@@ -507,7 +542,9 @@ impl Primary {
         for index in 0..self.volumes.len() {
             let index = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
             let over = self.volume(index).intent.count() > settings.intent_budget_regions;
-            let asked = out.waits_for(|purpose| matches!(purpose, Purpose::ClearFlush { volume, .. } if *volume == index));
+            let asked = out.waits_for(
+                |purpose| matches!(purpose, Purpose::ClearFlush { volume, .. } if *volume == index),
+            );
             if over && !asked {
                 let purpose = Purpose::ClearFlush { volume: index, submitted_at: now };
                 out.io(purpose, IoRequest::HomeFlush { volume: index });
@@ -516,9 +553,15 @@ impl Primary {
     }
 
     /// A flush that [`Primary::clear_intent`] asked for succeeded.
-    pub(super) fn clear_flushed(&mut self, settings: &MirrorSettings, index: VolumeIndex, submitted_at: Monotonic) {
+    pub(super) fn clear_flushed(
+        &mut self,
+        settings: &MirrorSettings,
+        index: VolumeIndex,
+        submitted_at: Monotonic,
+    ) {
         let durable = self.chain.as_ref().map(|chain| chain.committed().position);
-        let durable = durable.filter(|tip| tip.same_lineage(&self.start)).map_or(Sequence(0), |tip| tip.sequence);
+        let durable =
+            durable.filter(|tip| tip.same_lineage(&self.start)).map_or(Sequence(0), |tip| tip.sequence);
         let idle = self.pass.is_none() && self.compare.is_done();
         let volume = self.volume(index);
         volume.tracker.flushed(submitted_at);
@@ -602,5 +645,6 @@ fn inherited_regions(
 
 /// True if a block of `range` is in the map.
 fn touches(map: &DirtyMap, range: ByteRange) -> bool {
-    map.next_run(range.first_block(), BlockCount(1)).is_some_and(|(first, _): (Lba, _)| first < range.end_block())
+    map.next_run(range.first_block(), BlockCount(1))
+        .is_some_and(|(first, _): (Lba, _)| first < range.end_block())
 }

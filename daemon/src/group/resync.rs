@@ -49,7 +49,13 @@ pub(super) struct Compare {
 }
 
 impl Compare {
-    pub(super) fn add_regions(&mut self, volume: VolumeIndex, intent: &IntentMap, size: ByteCount, region_bytes: u64) {
+    pub(super) fn add_regions(
+        &mut self,
+        volume: VolumeIndex,
+        intent: &IntentMap,
+        size: ByteCount,
+        region_bytes: u64,
+    ) {
         for region in intent.set_regions() {
             let start = region.saturating_mul(region_bytes);
             let end = start.saturating_add(region_bytes).min(size.0);
@@ -158,7 +164,8 @@ impl Primary {
     pub(super) fn compare_more(&mut self, out: &mut Outbox) {
         let Some(session) = self.session() else { return };
         while let Some((request, region)) = self.compare.ask() {
-            let frame = Message::HashRequest(HashRequest { id: request, volume: region.volume, range: region.range });
+            let frame =
+                Message::HashRequest(HashRequest { id: request, volume: region.volume, range: region.range });
             out.push(Effect::Send { session, frame: frame.encode() });
             out.io(
                 Purpose::CompareRead { request },
@@ -186,7 +193,8 @@ impl Primary {
         let hashes = asked.hashes.as_deref().unwrap_or_default();
         for index in 0..range.block_count().0 {
             let hash = usize::try_from(index).ok().and_then(|index| hashes.get(index));
-            let ours = home.and_then(|home| block_of(home, index)).map(|block| *blake3::hash(block).as_bytes());
+            let ours =
+                home.and_then(|home| block_of(home, index)).map(|block| *blake3::hash(block).as_bytes());
             // What cannot be read on either side counts as different.
             if ours.is_some() && ours.as_ref() == hash {
                 continue;
@@ -229,7 +237,10 @@ impl Primary {
         let bytes: u64 = self.volumes.iter().map(|volume| volume.current.count().bytes().0).sum();
         out.log(
             Loudness::Info,
-            format!("{kind} begins: {bytes} bytes to copy, {} bytes to compare", self.compare.remaining_bytes()),
+            format!(
+                "{kind} begins: {bytes} bytes to copy, {} bytes to compare",
+                self.compare.remaining_bytes()
+            ),
         );
     }
 
@@ -258,7 +269,9 @@ impl Primary {
             if taken + COPY_BLOCKS * DATA_UNIT_BYTES > room || crowded {
                 break;
             }
-            let Some((volume, range)) = self.next_dirty_run() else { break };
+            let Some((volume, range)) = self.next_dirty_run() else {
+                break;
+            };
             self.volume(volume).current.clear(range);
             self.copying.active.insert((volume, range.offset()), ActiveCopy { range, step: None });
             planned.push((volume, range));
@@ -306,7 +319,10 @@ impl Primary {
                 return copy.step;
             }
             Err(failure) => {
-                out.log(Loudness::Error, format!("block at byte {} cannot be read: {failure}", range.offset()));
+                out.log(
+                    Loudness::Error,
+                    format!("block at byte {} cannot be read: {failure}", range.offset()),
+                );
                 (RecordKind::Bad, Bytes::new())
             }
         };

@@ -108,7 +108,10 @@ pub(super) fn compare_ranges(intents: &[IntentMap], settings: &MirrorSettings) -
             let start = region.saturating_mul(settings.region_bytes);
             let end = start.saturating_add(settings.region_bytes).min(volume.size.0);
             let crowded = ranges.len() >= COMPARE_RANGES_MAX;
-            match ranges.last_mut().filter(|last| last.volume == index && (last.range.end() == start || crowded)) {
+            match ranges
+                .last_mut()
+                .filter(|last| last.volume == index && (last.range.end() == start || crowded))
+            {
                 Some(last) => last.range = ByteRange::between(last.range.offset(), end).unwrap_or(last.range),
                 None => ranges.extend(
                     ByteRange::between(start, end).map(|range| CompareRange { volume: index, range }),
@@ -163,7 +166,9 @@ impl Mirror {
             return;
         }
         self.retry_change_at = None;
-        let Some(change) = self.changes.front() else { return };
+        let Some(change) = self.changes.front() else {
+            return;
+        };
         let next = self.changed(change);
         out.io(Purpose::PersistState, IoRequest::Persist(Box::new(next.clone())));
         self.changing = Some(next);
@@ -279,9 +284,11 @@ impl Group {
                 mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage, intents }));
                 self.fail_steps(waiting, copies);
                 self.out.log(Loudness::Warn, "a higher epoch was heard: this side is fenced".to_owned());
-                self.withdraw("this side is fenced: the partner was promoted; hosts must use the partner".to_owned());
+                self.withdraw(
+                    "this side is fenced: the partner was promoted; hosts must use the partner".to_owned(),
+                );
             }
-            other => mirror.machine = other,
+            other @ (Machine::Secondary(_) | Machine::Changing(_)) => mirror.machine = other,
         }
     }
 
@@ -304,10 +311,15 @@ impl Group {
     pub(super) fn state_persisted(&mut self, failure: Option<IoFailure>) {
         let now = self.now;
         let Some(mirror) = &mut self.mirror else { return };
-        let Some(next) = mirror.changing.take() else { return };
+        let Some(next) = mirror.changing.take() else {
+            return;
+        };
         if let Some(failure) = failure {
             mirror.retry_change_at = Some(now + PERSIST_PAUSE);
-            self.out.log(Loudness::Error, format!("the mirror's state could not be stored: {failure}; trying again"));
+            self.out.log(
+                Loudness::Error,
+                format!("the mirror's state could not be stored: {failure}; trying again"),
+            );
             return;
         }
         mirror.state = next;
@@ -366,7 +378,9 @@ impl Group {
     }
 
     fn admit_waiting(&mut self, now: Monotonic) {
-        let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror else { return };
+        let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror else {
+            return;
+        };
         for (volume, step) in primary.poll_admitted(now, &mut self.out) {
             self.admitted(volume, step, now);
         }
@@ -378,7 +392,9 @@ impl Group {
         let (now, wall) = (self.now, self.wall);
         let volumes = self.volumes.len();
         let Some(mirror) = &mut self.mirror else { return };
-        let Machine::Changing(change) = &mut mirror.machine else { return };
+        let Machine::Changing(change) = &mut mirror.machine else {
+            return;
+        };
         match &mut **change {
             Transition::Fencing { stage, .. } if *stage == FenceStage::Draining && drained => {
                 *stage = FenceStage::Flushing { outstanding: volumes };
@@ -418,7 +434,9 @@ impl Group {
     /// A request of a role change was answered.
     pub(super) fn transition_done(&mut self, failure: Option<IoFailure>) {
         let Some(mirror) = &mut self.mirror else { return };
-        let Machine::Changing(change) = &mut mirror.machine else { return };
+        let Machine::Changing(change) = &mut mirror.machine else {
+            return;
+        };
         match &mut **change {
             Transition::Fencing { stage: FenceStage::Flushing { outstanding }, intents } => {
                 if let Some(failure) = failure {
@@ -438,7 +456,8 @@ impl Group {
                     *stage = PromoteStage::Persisting;
                     mirror.changes.push_back(StateChange::Promote(secondary.tip().position));
                 } else {
-                    self.out.log(Loudness::Error, "the redo log could not be emptied; trying again".to_owned());
+                    self.out
+                        .log(Loudness::Error, "the redo log could not be emptied; trying again".to_owned());
                     *stage = PromoteStage::Applying;
                 }
             }
@@ -450,8 +469,12 @@ impl Group {
         let now = self.now;
         let Some(mirror) = &mut self.mirror else { return };
         let opening = Machine::Changing(Box::new(Transition::Opening));
-        let Machine::Changing(change) = std::mem::replace(&mut mirror.machine, opening) else { return };
-        let Transition::Promoting { secondary, .. } = *change else { return };
+        let Machine::Changing(change) = std::mem::replace(&mut mirror.machine, opening) else {
+            return;
+        };
+        let Transition::Promoting { secondary, .. } = *change else {
+            return;
+        };
         let intents = std::mem::take(&mut mirror.intents);
         let clean = CleanState::default();
         let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, Some(clean), now);
@@ -461,7 +484,11 @@ impl Group {
         mirror.machine = Machine::Primary(Box::new(primary));
         self.out.log(
             Loudness::Warn,
-            format!("this side was promoted: it is the primary of epoch {} from position {} on", mirror.state.epoch.0, mirror.state.fork()),
+            format!(
+                "this side was promoted: it is the primary of epoch {} from position {} on",
+                mirror.state.epoch.0,
+                mirror.state.fork()
+            ),
         );
         self.present(now);
     }
@@ -503,12 +530,17 @@ impl Group {
         if mirror.state.stopped {
             mirror.changes.push_back(StateChange::Stopped(false));
         }
-        let Machine::Primary(primary) = &mirror.machine else { return Ok(()) };
+        let Machine::Primary(primary) = &mirror.machine else {
+            return Ok(());
+        };
         if primary.gate == Gate::Approval || matches!(primary.link, Link::Halted { .. }) {
             mirror.changes.push_back(StateChange::Approve);
         }
         if local && !self.presented {
-            self.out.log(Loudness::Warn, "an operator opened the exports without the partner's answer".to_owned());
+            self.out.log(
+                Loudness::Warn,
+                "an operator opened the exports without the partner's answer".to_owned(),
+            );
             if let Some(mirror) = &mut self.mirror {
                 mirror.grace_until = None;
             }
@@ -526,9 +558,10 @@ impl Group {
             Machine::Secondary(_) => Err(VerbRefused(format!(
                 "this side is the secondary: run 'farshore mirror {verb}' at the primary, or 'farshore mirror failover' here"
             ))),
-            Machine::Changing(_) => {
-                Err(VerbRefused("the mirror is changing its role: wait a moment and look at 'farshore mirror show'".to_owned()))
-            }
+            Machine::Changing(_) => Err(VerbRefused(
+                "the mirror is changing its role: wait a moment and look at 'farshore mirror show'"
+                    .to_owned(),
+            )),
         }
     }
 
@@ -545,7 +578,9 @@ impl Group {
             Machine::Primary(_) => {
                 return Err(VerbRefused("this side is the primary already: nothing to fail over".to_owned()));
             }
-            Machine::Changing(_) => return Err(VerbRefused("the mirror is changing its role already".to_owned())),
+            Machine::Changing(_) => {
+                return Err(VerbRefused("the mirror is changing its role already".to_owned()));
+            }
         };
         if !mirror.state.consistent {
             return Err(VerbRefused(
@@ -567,7 +602,9 @@ impl Group {
     /// As [`Group::loss`].
     pub fn failover(&mut self) -> Result<LossReport, VerbRefused> {
         let report = self.loss()?;
-        let Some(mirror) = &mut self.mirror else { return Ok(report) };
+        let Some(mirror) = &mut self.mirror else {
+            return Ok(report);
+        };
         if mirror.is_changing() {
             return Err(VerbRefused("the mirror is changing its role already".to_owned()));
         }
@@ -578,7 +615,7 @@ impl Group {
                 let stage = PromoteStage::Quieting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Promoting { secondary, stage }));
             }
-            other => mirror.machine = other,
+            other @ (Machine::Primary(_) | Machine::Changing(_)) => mirror.machine = other,
         }
         Ok(report)
     }
@@ -610,7 +647,9 @@ impl Group {
 
 impl Mirror {
     fn become_secondary(&mut self, intents: Vec<IntentMap>, out: &mut Outbox) {
-        let Some((log, checkpoint)) = self.redo.take() else { return };
+        let Some((log, checkpoint)) = self.redo.take() else {
+            return;
+        };
         let (log, checkpoint): (RedoLog, Checkpoint) = (log, checkpoint);
         let empty = RecoveredCuts {
             durable: checkpoint.applied,

@@ -160,7 +160,10 @@ impl Secondary {
     pub(super) fn greet(&mut self, session: SessionId, hello: Hello, out: &mut Outbox) {
         self.end_session("a newer session replaced it", out);
         if let Some(older) = self.greeting.replace(Greeting { session, hello }) {
-            out.push(Effect::CloseSession { session: older.session, reason: "a newer session replaced it".into() });
+            out.push(Effect::CloseSession {
+                session: older.session,
+                reason: "a newer session replaced it".into(),
+            });
         }
     }
 
@@ -205,7 +208,9 @@ impl Secondary {
         if self.batch.is_some() || self.halted {
             return;
         }
-        let Some(Greeting { session, hello }) = self.greeting.take() else { return };
+        let Some(Greeting { session, hello }) = self.greeting.take() else {
+            return;
+        };
         self.accepted = self.durable;
         self.session = Some(session);
         self.lineage = hello.position;
@@ -223,7 +228,10 @@ impl Secondary {
         out.push(Effect::Send { session, frame: Message::Welcome(welcome).encode() });
         out.log(
             Loudness::Info,
-            format!("the primary opened a session; the image here is at position {}", self.durable.durable().position),
+            format!(
+                "the primary opened a session; the image here is at position {}",
+                self.durable.durable().position
+            ),
         );
     }
 
@@ -283,7 +291,10 @@ impl Secondary {
             Ok(cut) if cut.meta.mirror == settings.mirror && !cut.header_only => cut,
             Ok(_) => return self.end_session("the cut belongs to another mirror", out),
             Err(error) => {
-                out.log(Loudness::Error, format!("a received cut is damaged: {error}; the primary sends it again"));
+                out.log(
+                    Loudness::Error,
+                    format!("a received cut is damaged: {error}; the primary sends it again"),
+                );
                 return self.end_session(&format!("a cut is damaged: {error}"), out);
             }
         };
@@ -322,7 +333,14 @@ impl Secondary {
     }
 
     /// Moves everything on that can move; call after every event.
-    pub(super) fn turn(&mut self, settings: &MirrorSettings, state: &GroupState, now: Monotonic, wall: WallTime, out: &mut Outbox) {
+    pub(super) fn turn(
+        &mut self,
+        settings: &MirrorSettings,
+        state: &GroupState,
+        now: Monotonic,
+        wall: WallTime,
+        out: &mut Outbox,
+    ) {
         self.welcome_if_quiet(state, wall, out);
         self.start_batch(state, out);
         self.apply_more(settings, now, out);
@@ -354,7 +372,8 @@ impl Secondary {
         if initial {
             for received in &batch.cuts {
                 let plan = engine::apply::plan(&received.cut.records);
-                batch.outstanding += super::apply::issue(&plan, &received.cut.records, Purpose::InitialApply, out);
+                batch.outstanding +=
+                    super::apply::issue(&plan, &received.cut.records, Purpose::InitialApply, out);
             }
             self.batch = Some(batch);
             self.batch_moved(out);
@@ -404,7 +423,8 @@ impl Secondary {
             self.incoming.push_front(received);
         }
         self.applying.hurry = true;
-        let hopeless = error == RedoFull::CutTooLong || (pass != 0 && self.queue.is_empty() && self.applying.is_clean());
+        let hopeless =
+            error == RedoFull::CutTooLong || (pass != 0 && self.queue.is_empty() && self.applying.is_clean());
         if !alone || !hopeless {
             return;
         }
@@ -412,7 +432,8 @@ impl Secondary {
             let frame = Message::PassRefused { pass, missing: ByteCount(missing) }.encode();
             out.push(Effect::Send { session, frame });
         }
-        let text = format!("the redo log is too small for resync pass {pass}: at least {missing} bytes are missing");
+        let text =
+            format!("the redo log is too small for resync pass {pass}: at least {missing} bytes are missing");
         out.log(Loudness::Error, text.clone());
         self.end_session(&text, out);
         self.void_staged();
@@ -429,14 +450,19 @@ impl Secondary {
 
     /// Takes the batch to its next stage once nothing of the present one is outstanding.
     fn batch_moved(&mut self, out: &mut Outbox) {
-        let Some(mut batch) = self.batch.take_if(|batch| batch.outstanding == 0) else { return };
+        let Some(mut batch) = self.batch.take_if(|batch| batch.outstanding == 0) else {
+            return;
+        };
         if batch.failed {
             return self.batch_failed(&batch, out);
         }
         match batch.stage {
             BatchStage::Applying => {
                 batch.stage = BatchStage::Flushing;
-                let touched = batch.cuts.iter().flat_map(|received| received.cut.records.iter().map(|record| record.volume));
+                let touched = batch
+                    .cuts
+                    .iter()
+                    .flat_map(|received| received.cut.records.iter().map(|record| record.volume));
                 let touched: std::collections::BTreeSet<_> = touched.collect();
                 batch.outstanding = touched.len();
                 for volume in touched {
@@ -451,8 +477,11 @@ impl Secondary {
             BatchStage::Flushing => self.write_batch(batch, out),
             BatchStage::Writing => {
                 batch.stage = BatchStage::Syncing;
-                let files: std::collections::BTreeSet<u32> =
-                    batch.cuts.iter().filter_map(|received| Some(received.placement.as_ref()?.file_index)).collect();
+                let files: std::collections::BTreeSet<u32> = batch
+                    .cuts
+                    .iter()
+                    .filter_map(|received| Some(received.placement.as_ref()?.file_index))
+                    .collect();
                 batch.outstanding = files.len();
                 for file in files {
                     out.io(Purpose::RedoSync, IoRequest::RedoSync { file });
@@ -468,7 +497,10 @@ impl Secondary {
 
     /// The batch is on stable media. Says whether the group's state must be noted before it is acknowledged.
     pub(super) fn batch_completes(&self, state: &GroupState) -> Option<TargetNews> {
-        let batch = self.batch.as_ref().filter(|batch| batch.stage == BatchStage::Completing && batch.outstanding == 0)?;
+        let batch = self
+            .batch
+            .as_ref()
+            .filter(|batch| batch.stage == BatchStage::Completing && batch.outstanding == 0)?;
         let commits = batch.cuts.iter().any(|received| received.cut.meta.commit && !received.is_initial());
         let news = commits && (!state.consistent || state.diverged);
         Some(if news { TargetNews::Complete } else { TargetNews::Nothing })
@@ -478,7 +510,9 @@ impl Secondary {
     pub(super) fn batch_counts(&mut self, wall: WallTime, out: &mut Outbox) {
         let Some(batch) = self.batch.take() else { return };
         for received in batch.cuts {
-            let Some(placement) = received.placement else { continue };
+            let Some(placement) = received.placement else {
+                continue;
+            };
             let meta = &received.cut.meta;
             let arrival = Arrival {
                 tip: received.cut.tip,
@@ -493,7 +527,12 @@ impl Secondary {
             if commit {
                 self.stamps = Some((meta.time, meta.echo));
             }
-            let item = ApplyItem { placement, tip: received.cut.tip, records: Some(received.cut.records), done: initial };
+            let item = ApplyItem {
+                placement,
+                tip: received.cut.tip,
+                records: Some(received.cut.records),
+                done: initial,
+            };
             if commit {
                 self.queue.extend(self.staged.drain(..));
                 self.queue.push_back(item);
@@ -524,7 +563,9 @@ impl Secondary {
         // Hashes are of the image at the durable tip: home, once everything committed is applied.
         let busy = !self.queue.is_empty() || self.applying.is_writing();
         while !busy && self.hashing.len() < HASHES_MAX {
-            let Some(hashing) = self.hashes.pop_front() else { return };
+            let Some(hashing) = self.hashes.pop_front() else {
+                return;
+            };
             self.last_hash += 1;
             let (volume, range) = (hashing.request.volume, hashing.request.range);
             out.io(
@@ -537,7 +578,9 @@ impl Secondary {
 
     /// A region was read to be hashed.
     pub(super) fn hash_read(&mut self, request: u64, home: Result<Bytes, IoFailure>, out: &mut Outbox) {
-        let Some(hashing) = self.hashing.remove(&request) else { return };
+        let Some(hashing) = self.hashing.remove(&request) else {
+            return;
+        };
         if !self.is_session(hashing.session) {
             return;
         }

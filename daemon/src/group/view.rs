@@ -101,7 +101,11 @@ impl Group {
             Machine::Secondary(secondary) => secondary.snapshot(consistent, mirror.state.diverged, self.wall),
             Machine::Changing(_) => MirrorSnapshot {
                 role: mirror.state.role,
-                state: if consistent { MirrorState::ConsistentStopped } else { MirrorState::InconsistentStopped },
+                state: if consistent {
+                    MirrorState::ConsistentStopped
+                } else {
+                    MirrorState::InconsistentStopped
+                },
                 reason: Some("the role is changing".to_owned()),
                 synchronized: false,
                 connected: false,
@@ -136,7 +140,9 @@ impl Primary {
                 pick(MirrorState::IdlingDisconnected, MirrorState::InconsistentDisconnected)
             }
             Link::Up { .. } if self.gate != Gate::Open => MirrorState::Idling,
-            Link::Up { .. } if self.pass.is_some_and(|pass| pass.is_initial()) => MirrorState::InconsistentCopying,
+            Link::Up { .. } if self.pass.is_some_and(|pass| pass.is_initial()) => {
+                MirrorState::InconsistentCopying
+            }
             Link::Up { .. } if self.pass.is_some() || self.has_dirty() || self.folded_from.is_some() => {
                 MirrorState::ConsistentCopying
             }
@@ -180,7 +186,8 @@ impl Primary {
             tier: if folded { JournalTier::DirtyMap } else { JournalTier::Ring },
             resync_remaining: copying.then_some(ByteCount(remaining)),
             orphaned: self.orphaned,
-            needs_start: self.gate == Gate::Approval || matches!(self.link, Link::Halted { .. } | Link::Stopped),
+            needs_start: self.gate == Gate::Approval
+                || matches!(self.link, Link::Halted { .. } | Link::Stopped),
             memory: ByteCount(self.ring.bytes()),
         }
     }
@@ -201,7 +208,10 @@ impl Secondary {
         let (orphaned, waiting) = self.orphaned.unwrap_or_default();
         let reason = if diverged {
             let count = if waiting {
-                format!("it differs in up to {} bytes that the new primary never had; they are kept until 'farshore mirror start' at the new primary", orphaned.0)
+                format!(
+                    "it differs in up to {} bytes that the new primary never had; they are kept until 'farshore mirror start' at the new primary",
+                    orphaned.0
+                )
             } else {
                 "the new primary has not compared it yet".to_owned()
             };
@@ -218,7 +228,9 @@ impl Secondary {
             connected,
             position: tip,
             recovery_point: consistent.then(|| (tip, self.stamps.map(|(time, _)| time))),
-            rpo: rpo.filter(|_| consistent).map(|(_, echo)| Duration::from_nanos(wall.0.saturating_sub(echo.0))),
+            rpo: rpo
+                .filter(|_| consistent)
+                .map(|(_, echo)| Duration::from_nanos(wall.0.saturating_sub(echo.0))),
             rpo_is_bound: true,
             backlog: ByteCount(0),
             tier: JournalTier::Ring,

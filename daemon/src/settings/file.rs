@@ -84,18 +84,13 @@ settings_file! {
 impl SettingsFile {
     /// What `--config` starts from.
     pub(super) fn production() -> Self {
-        Self {
-            control_socket: Some("/run/farshore/control.sock".into()),
-            ..Self::default()
-        }
+        Self { control_socket: Some("/run/farshore/control.sock".into()), ..Self::default() }
     }
 
     /// What `--dev` starts from: everything under `directory`, and small limits.
     pub(super) fn development(directory: &Path) -> Self {
         let name = directory.file_name().and_then(|name| name.to_str());
-        let site = name
-            .and_then(|name| name.parse().ok())
-            .or_else(|| "dev".parse().ok());
+        let site = name.and_then(|name| name.parse().ok()).or_else(|| "dev".parse().ok());
         Self {
             site,
             data_dir: Some(directory.to_owned()),
@@ -111,9 +106,7 @@ impl From<&Settings> for SettingsFile {
     fn from(settings: &Settings) -> Self {
         let milliseconds = u64::try_from(settings.cut_interval.as_millis()).unwrap_or(u64::MAX);
         let classes = settings.classes.iter().filter_map(|class| {
-            let limit = class
-                .iops_per_tib
-                .map_or(IopsLimit::Unlimited, IopsLimit::PerSecond);
+            let limit = class.iops_per_tib.map_or(IopsLimit::Unlimited, IopsLimit::PerSecond);
             Some((class.name.parse().ok()?, Iops(limit)))
         });
         Self {

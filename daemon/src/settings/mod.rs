@@ -152,10 +152,7 @@ impl Settings {
     /// Never: what TOML cannot say, large numbers and paths that are not UTF-8, is refused when the settings are checked.
     pub fn effective(&self) -> String {
         let text = toml::to_string(&SettingsFile::from(self)).unwrap_or_default();
-        assert!(
-            !text.is_empty(),
-            "every setting has a form in TOML: numbers are checked to fit"
-        );
+        assert!(!text.is_empty(), "every setting has a form in TOML: numbers are checked to fit");
         text
     }
 
@@ -166,9 +163,7 @@ impl Settings {
 
     /// True if volumes of the class can be mirrored.
     pub fn may_mirror(&self, class: &StorageClass) -> bool {
-        class
-            .iops_per_tib
-            .is_some_and(|iops| self.mirrored_iops_per_tib.contains(&iops))
+        class.iops_per_tib.is_some_and(|iops| self.mirrored_iops_per_tib.contains(&iops))
     }
 
     /// Fills in the defaults, and checks all.
@@ -177,36 +172,21 @@ impl Settings {
             key: "site",
             advice: "give the site a name with site = \"NAME\" or --site NAME",
         })?;
-        let data_dir = absolute(
-            &file
-                .data_dir
-                .unwrap_or_else(|| PathBuf::from("/var/lib/farshore")),
-        );
+        let data_dir = absolute(&file.data_dir.unwrap_or_else(|| PathBuf::from("/var/lib/farshore")));
         let under = |name: &str| data_dir.join(name);
         let path = |path: Option<PathBuf>, name| absolute(&path.unwrap_or_else(|| under(name)));
         let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let mirrored = || {
-            [500, 1500, 3000]
-                .into_iter()
-                .filter_map(NonZeroU32::new)
-                .collect()
-        };
+        let mirrored = || [500, 1500, 3000].into_iter().filter_map(NonZeroU32::new).collect();
         let bytes = |value: Option<u64>, default| ByteCount(value.unwrap_or(default));
         let settings = Self {
             action,
             site,
-            pools: file
-                .pools
-                .map_or_else(|| default_pool(under("pool")), absolute_pools),
+            pools: file.pools.map_or_else(|| default_pool(under("pool")), absolute_pools),
             control_socket: path(file.control_socket, "control.sock"),
-            nbd_listen: file
-                .nbd_listen
-                .unwrap_or_else(|| vec![NbdAddress::Tcp(loopback(10_809))]),
+            nbd_listen: file.nbd_listen.unwrap_or_else(|| vec![NbdAddress::Tcp(loopback(10_809))]),
             nbd_allow_plain: file.nbd_allow_plain.unwrap_or(false),
             replication_listen: file.replication_listen.unwrap_or_else(|| loopback(10_820)),
-            console_listen: file
-                .console_listen
-                .unwrap_or_else(|| ConsoleAddress::Tcp(loopback(10_880))),
+            console_listen: file.console_listen.unwrap_or_else(|| ConsoleAddress::Tcp(loopback(10_880))),
             kek_file: path(file.kek_file, "kek"),
             shards: file.shards.unwrap_or(cores),
             classes: classes(file.classes.unwrap_or_default()),
@@ -233,11 +213,7 @@ impl Settings {
         let paths = [&self.data_dir, &self.control_socket, &self.kek_file];
         for path in paths.into_iter().chain(self.pools.values()) {
             if path.to_str().is_none() {
-                return Err(refuse(
-                    "data_dir",
-                    path.display(),
-                    "a path must be UTF-8 text; choose another",
-                ));
+                return Err(refuse("data_dir", path.display(), "a path must be UTF-8 text; choose another"));
             }
         }
         if self.pools.is_empty() {
@@ -254,12 +230,7 @@ impl Settings {
             }
         }
         check_socket("control_socket", &self.control_socket)?;
-        between(
-            "nbd_listen",
-            u64::try_from(self.nbd_listen.len()).unwrap_or(u64::MAX),
-            1,
-            16,
-        )?;
+        between("nbd_listen", u64::try_from(self.nbd_listen.len()).unwrap_or(u64::MAX), 1, 16)?;
         for address in &self.nbd_listen {
             match address {
                 NbdAddress::Unix(path) => check_socket("nbd_listen", path)?,
@@ -276,45 +247,21 @@ impl Settings {
 
     fn check_numbers(&self) -> Result<(), SettingsError> {
         let milliseconds = u64::try_from(self.cut_interval.as_millis()).unwrap_or(u64::MAX);
-        between(
-            "shards",
-            u64::try_from(self.shards.get()).unwrap_or(u64::MAX),
-            1,
-            256,
-        )?;
-        between(
-            "minimum_size_bytes",
-            self.minimum_size.0,
-            DATA_UNIT_BYTES,
-            1 << 50,
-        )?;
+        between("shards", u64::try_from(self.shards.get()).unwrap_or(u64::MAX), 1, 256)?;
+        between("minimum_size_bytes", self.minimum_size.0, DATA_UNIT_BYTES, 1 << 50)?;
         between("cut_interval_milliseconds", milliseconds, 1, 1000)?;
         between("cut_bytes", self.cut.0, 64 << 10, 16 * MIB)?;
         // A ring must hold the cut that is on its way and the one that fills.
         between("ring_bytes", self.ring.0, self.cut.0.saturating_mul(4), 1 << 40)?;
         between("receive_pool_bytes", self.receive_pool.0, 4 * MIB, 1 << 40)?;
-        between(
-            "redo_segment_bytes",
-            self.redo_segment.0,
-            self.cut.0.saturating_mul(4),
-            16 << 30,
-        )?;
+        between("redo_segment_bytes", self.redo_segment.0, self.cut.0.saturating_mul(4), 16 << 30)?;
         between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
-        between(
-            "intent_budget_bytes",
-            self.intent_budget.0,
-            self.intent_region.0,
-            1 << 50,
-        )?;
+        between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
         between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;
         if !self.intent_region.0.is_power_of_two() {
-            return Err(refuse(
-                "intent_region_bytes",
-                self.intent_region.0,
-                "give a power of two",
-            ));
+            return Err(refuse("intent_region_bytes", self.intent_region.0, "give a power of two"));
         }
         for (key, value) in [
             ("minimum_size_bytes", self.minimum_size),
@@ -330,10 +277,8 @@ impl Settings {
 }
 
 fn read(path: &Path) -> Result<SettingsFile, SettingsError> {
-    let text = std::fs::read_to_string(path).map_err(|source| SettingsError::Read {
-        file: path.to_owned(),
-        source,
-    })?;
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| SettingsError::Read { file: path.to_owned(), source })?;
     toml::from_str(&text).map_err(|error| {
         let start = error.span().map_or(0, |span| span.start);
         let before = text.get(..start).unwrap_or(&text);
@@ -355,27 +300,18 @@ fn classes(own: BTreeMap<VolumeName, Iops>) -> Vec<StorageClass> {
         };
         match classes.iter_mut().find(|class| class.name == name.as_str()) {
             Some(class) => class.iops_per_tib = iops_per_tib,
-            None => classes.push(StorageClass {
-                name: name.into(),
-                iops_per_tib,
-            }),
+            None => classes.push(StorageClass { name: name.into(), iops_per_tib }),
         }
     }
     classes
 }
 
 fn default_pool(folder: PathBuf) -> BTreeMap<VolumeName, PathBuf> {
-    VolumeName::try_from("default".to_owned())
-        .map(|name| (name, folder))
-        .into_iter()
-        .collect()
+    VolumeName::try_from("default".to_owned()).map(|name| (name, folder)).into_iter().collect()
 }
 
 fn absolute_pools(pools: BTreeMap<VolumeName, PathBuf>) -> BTreeMap<VolumeName, PathBuf> {
-    pools
-        .into_iter()
-        .map(|(name, path)| (name, absolute(&path)))
-        .collect()
+    pools.into_iter().map(|(name, path)| (name, absolute(&path))).collect()
 }
 
 /// The path from the root on, so that a later change of the working directory changes nothing.
@@ -404,11 +340,7 @@ fn between(key: &'static str, value: u64, least: u64, most: u64) -> Result<(), S
 }
 
 fn refuse(key: &'static str, value: impl std::fmt::Display, advice: impl Into<String>) -> SettingsError {
-    SettingsError::Value {
-        key,
-        value: value.to_string(),
-        advice: advice.into(),
-    }
+    SettingsError::Value { key, value: value.to_string(), advice: advice.into() }
 }
 
 #[cfg(test)]

@@ -3,11 +3,7 @@
 use super::*;
 
 fn dev(flags: &str) -> Result<Settings, SettingsError> {
-    Settings::from_args(
-        ["farshored", "--dev", "/srv/az1"]
-            .into_iter()
-            .chain(flags.split_whitespace()),
-    )
+    Settings::from_args(["farshored", "--dev", "/srv/az1"].into_iter().chain(flags.split_whitespace()))
 }
 
 fn config(text: &str, flags: &str) -> Result<Settings, SettingsError> {
@@ -23,25 +19,13 @@ fn dev_keeps_everything_under_its_directory() {
     let settings = dev("").unwrap();
     assert_eq!(settings.site.as_str(), "az1");
     assert_eq!(settings.data_dir, Path::new("/srv/az1"));
-    assert_eq!(
-        settings.pools.values().next().unwrap(),
-        Path::new("/srv/az1/pool")
-    );
+    assert_eq!(settings.pools.values().next().unwrap(), Path::new("/srv/az1/pool"));
     assert_eq!(settings.control_socket, Path::new("/srv/az1/control.sock"));
     assert_eq!(settings.kek_file, Path::new("/srv/az1/kek"));
-    assert_eq!(
-        settings.nbd_listen,
-        [NbdAddress::Tcp("127.0.0.1:10809".parse().unwrap())]
-    );
+    assert_eq!(settings.nbd_listen, [NbdAddress::Tcp("127.0.0.1:10809".parse().unwrap())]);
     assert_eq!(settings.replication_listen, "127.0.0.1:10820".parse().unwrap());
-    assert_eq!(
-        settings.console_listen,
-        ConsoleAddress::Tcp("127.0.0.1:10880".parse().unwrap())
-    );
-    assert_eq!(
-        (settings.minimum_size, settings.action),
-        (ByteCount(MIB), Action::Serve)
-    );
+    assert_eq!(settings.console_listen, ConsoleAddress::Tcp("127.0.0.1:10880".parse().unwrap()));
+    assert_eq!((settings.minimum_size, settings.action), (ByteCount(MIB), Action::Serve));
 }
 
 #[test]
@@ -53,10 +37,7 @@ fn flags_override_the_file_which_overrides_the_defaults() {
     assert_eq!(settings.minimum_size, ByteCount(500 << 30));
     assert_eq!(settings.nbd_listen.len(), 2);
     assert_eq!(settings.console_listen, ConsoleAddress::Off);
-    assert_eq!(
-        settings.class("standard").unwrap().iops_per_tib,
-        NonZeroU32::new(100)
-    );
+    assert_eq!(settings.class("standard").unwrap().iops_per_tib, NonZeroU32::new(100));
     assert_eq!(settings.class("gold").unwrap().iops_per_tib, None);
     assert!(settings.may_mirror(settings.class("premium").unwrap()));
     assert!(!settings.may_mirror(settings.class("standard").unwrap()));
@@ -64,10 +45,7 @@ fn flags_override_the_file_which_overrides_the_defaults() {
 
 #[test]
 fn the_effective_settings_read_again_are_the_same() {
-    for settings in [
-        dev("--nbd unix:/tmp/n --shards 2").unwrap(),
-        config("site = 'a'", "").unwrap(),
-    ] {
+    for settings in [dev("--nbd unix:/tmp/n --shards 2").unwrap(), config("site = 'a'", "").unwrap()] {
         assert_eq!(config(&settings.effective(), "").unwrap(), settings);
     }
 }
@@ -79,39 +57,15 @@ fn every_refusal_names_the_key_the_value_and_what_to_do() {
         ("site = 'a'\nringbytes = 1", "line 2: unknown field `ringbytes`"),
         ("site = 'a'\n[pools]\nx = ", "line 3"),
         ("site = '../a'", "name '../a' is not allowed"),
-        (
-            "site = 'a'\nring_bytes = 5",
-            "setting 'ring_bytes' = 5 is not allowed: give 4194304 to",
-        ),
-        (
-            "site = 'a'\nshards = 1000",
-            "setting 'shards' = 1000 is not allowed: give 1 to 256",
-        ),
+        ("site = 'a'\nring_bytes = 5", "setting 'ring_bytes' = 5 is not allowed: give 4194304 to"),
+        ("site = 'a'\nshards = 1000", "setting 'shards' = 1000 is not allowed: give 1 to 256"),
         ("site = 'a'\nintent_region_bytes = 1048577", "give a power of two"),
-        (
-            "site = 'a'\nredo_segment_bytes = 33554433",
-            "give a multiple of 4096",
-        ),
-        (
-            "site = 'a'\n[pools]",
-            "setting 'pools' = {} is not allowed: name at least one pool",
-        ),
-        (
-            "site = 'a'\n[pools]\na = '/p'\nb = '/p'",
-            "give each pool its own folder",
-        ),
-        (
-            "site = 'a'\nnbd_listen = []",
-            "setting 'nbd_listen' = 0 is not allowed",
-        ),
-        (
-            "site = 'a'\nnbd_listen = ['localhost']",
-            "write IP:PORT or unix:PATH",
-        ),
-        (
-            "site = 'a'\nnbd_listen = ['0.0.0.0:10809']",
-            "set nbd_allow_plain = true",
-        ),
+        ("site = 'a'\nredo_segment_bytes = 33554433", "give a multiple of 4096"),
+        ("site = 'a'\n[pools]", "setting 'pools' = {} is not allowed: name at least one pool"),
+        ("site = 'a'\n[pools]\na = '/p'\nb = '/p'", "give each pool its own folder"),
+        ("site = 'a'\nnbd_listen = []", "setting 'nbd_listen' = 0 is not allowed"),
+        ("site = 'a'\nnbd_listen = ['localhost']", "write IP:PORT or unix:PATH"),
+        ("site = 'a'\nnbd_listen = ['0.0.0.0:10809']", "set nbd_allow_plain = true"),
         ("site = 'a'\n[classes]\nx = 0", "IOPS limit '0' is not understood"),
     ] {
         let refused = config(text, "").unwrap_err().to_string();
@@ -119,30 +73,14 @@ fn every_refusal_names_the_key_the_value_and_what_to_do() {
         assert_eq!(refused.lines().count(), 1, "{refused}");
     }
     let long = format!("site = 'a'\ncontrol_socket = '/{}'", "x".repeat(120));
-    assert!(
-        config(&long, "")
-            .unwrap_err()
-            .to_string()
-            .contains("at most 107 bytes")
-    );
-    config(
-        "site = 'a'\nnbd_allow_plain = true\nnbd_listen = ['[::]:10809']",
-        "",
-    )
-    .unwrap();
+    assert!(config(&long, "").unwrap_err().to_string().contains("at most 107 bytes"));
+    config("site = 'a'\nnbd_allow_plain = true\nnbd_listen = ['[::]:10809']", "").unwrap();
 }
 
 #[test]
 fn one_base_is_needed_and_a_missing_file_is_named() {
-    for arguments in [
-        "farshored",
-        "farshored --dev a --config b",
-        "farshored --dev a --nbd nowhere",
-    ] {
-        assert!(matches!(
-            Settings::from_args(arguments.split(' ')),
-            Err(SettingsError::Usage(_))
-        ));
+    for arguments in ["farshored", "farshored --dev a --config b", "farshored --dev a --nbd nowhere"] {
+        assert!(matches!(Settings::from_args(arguments.split(' ')), Err(SettingsError::Usage(_))));
     }
     let refused = Settings::from_args(["farshored", "--config", "/nonexistent.toml"]).unwrap_err();
     assert!(refused.to_string().contains("'/nonexistent.toml' cannot be read"));

@@ -123,7 +123,9 @@ impl Shard {
     /// Uses what was received, then asks for more.
     fn parse(&mut self, id: ConnectionId) {
         loop {
-            let Some(connection) = self.connections.get_mut(id.0) else { return };
+            let Some(connection) = self.connections.get_mut(id.0) else {
+                return;
+            };
             if connection.closed || connection.arriving.is_some() || connection.waiting.is_some() {
                 break;
             }
@@ -182,8 +184,12 @@ impl Shard {
     ///
     /// The ring of a mirror has a budget of its own, so a partner that does not take what is sent starves no host.
     fn take_memory(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
-        let Some(Waiting { cookie, command, length }) = connection.waiting else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
+        let Some(Waiting { cookie, command, length }) = connection.waiting else {
+            return;
+        };
         if self.request_bytes > 0 && self.request_bytes + length > self.request_bytes_max {
             self.starved.insert(id);
             return;
@@ -220,7 +226,9 @@ impl Shard {
     }
 
     fn receive_more(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         if !matches!(connection.intake, Intake::Paused) || connection.closed || connection.waiting.is_some() {
             return;
         }
@@ -231,7 +239,9 @@ impl Shard {
                 (Pending::ReceivePayload { id, cookie, command }, buffer, range, true)
             }
             None => {
-                let Some(input) = connection.input.take() else { return };
+                let Some(input) = connection.input.take() else {
+                    return;
+                };
                 assert!(connection.unparsed.is_empty(), "a parser that needs more has used everything");
                 let range = 0..input.len();
                 (Pending::Receive { id }, input, range, false)
@@ -242,7 +252,9 @@ impl Shard {
     }
 
     pub(super) fn received(&mut self, id: ConnectionId, buffer: Buffer, count: Option<usize>) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         connection.input = Some(buffer);
         connection.unparsed = 0..count.unwrap_or(0);
         self.received_some(id, count.unwrap_or(0) > 0);
@@ -266,7 +278,9 @@ impl Shard {
     }
 
     fn received_some(&mut self, id: ConnectionId, some: bool) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         if connection.closed || !some {
             connection.intake = Intake::Ended;
             return self.close(id);
@@ -288,8 +302,16 @@ impl Shard {
         self.request_bytes -= length;
     }
 
-    fn submit_command(&mut self, id: ConnectionId, cookie: Cookie, command: HostCommand, payload: HostPayload) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+    fn submit_command(
+        &mut self,
+        id: ConnectionId,
+        cookie: Cookie,
+        command: HostCommand,
+        payload: HostPayload,
+    ) {
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         connection.commands += 1;
         let (key, volume) = (connection.key, connection.volume);
         self.last_request += 1;
@@ -297,7 +319,16 @@ impl Shard {
         let started: Monotonic = monotonic();
         self.requests.insert(
             request.0,
-            Request { connection: Some(id), key, volume, cookie, command, payload, parts: Vec::new(), started },
+            Request {
+                connection: Some(id),
+                key,
+                volume,
+                cookie,
+                command,
+                payload,
+                parts: Vec::new(),
+                started,
+            },
         );
         if let Some(served) = self.groups.get_mut(&key) {
             served.group.set_clocks(started, super::wall());
@@ -309,7 +340,9 @@ impl Shard {
     /// Appends the answer to a command; `data` is a read's bytes in order.
     pub(super) fn reply(&mut self, request: &Request, result: block::HostResult, data: Vec<Bytes>) {
         let Some(id) = request.connection else { return };
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         connection.commands = connection.commands.saturating_sub(1);
         let style = connection.transmission.reply_style();
         match (result, request.command) {
@@ -345,7 +378,9 @@ impl Shard {
     }
 
     fn send_gathered(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         if connection.sending || connection.closed {
             return;
         }
@@ -367,7 +402,9 @@ impl Shard {
     }
 
     pub(super) fn sent(&mut self, id: ConnectionId, ok: bool) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         connection.sending = false;
         if !ok || connection.closed {
             return self.close(id);
@@ -377,7 +414,9 @@ impl Shard {
 
     /// Closes a connection: commands that have not begun are dropped, the others end without a reply.
     pub(super) fn close(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.0) else { return };
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
         if !connection.closed {
             connection.closed = true;
             let _ = connection.socket.shutdown();
@@ -388,7 +427,9 @@ impl Shard {
                 self.touched.insert(key);
             }
         }
-        let Some(connection) = self.connections.get(id.0) else { return };
+        let Some(connection) = self.connections.get(id.0) else {
+            return;
+        };
         if !connection.sending && !matches!(connection.intake, Intake::Receiving) {
             self.connections.remove(id.0);
             self.flushing.remove(&id);
@@ -398,8 +439,11 @@ impl Shard {
 
     /// Ends a group's connections once their commands are answered: no more is read from them.
     pub(super) fn end_connections(&mut self, key: GroupKey) {
-        let ids: Vec<ConnectionId> =
-            self.groups.get(&key).map(|served| served.connections.iter().copied().collect()).unwrap_or_default();
+        let ids: Vec<ConnectionId> = self
+            .groups
+            .get(&key)
+            .map(|served| served.connections.iter().copied().collect())
+            .unwrap_or_default();
         for id in ids {
             if let Some(connection) = self.connections.get_mut(id.0) {
                 connection.ending = true;
@@ -410,8 +454,11 @@ impl Shard {
 
     /// Closes a group's connections at once.
     pub(super) fn close_connections(&mut self, key: GroupKey, reason: &str) {
-        let ids: Vec<ConnectionId> =
-            self.groups.get(&key).map(|served| served.connections.iter().copied().collect()).unwrap_or_default();
+        let ids: Vec<ConnectionId> = self
+            .groups
+            .get(&key)
+            .map(|served| served.connections.iter().copied().collect())
+            .unwrap_or_default();
         if !ids.is_empty() {
             tracing::info!(count = ids.len(), reason, "host connections are closed");
         }

@@ -53,17 +53,53 @@ pub(super) struct Merge {
 
 /// What a submitted operation is for.
 pub(super) enum Pending {
-    Receive { id: ConnectionId },
-    ReceivePayload { id: ConnectionId, cookie: Cookie, command: HostCommand },
-    Send { id: ConnectionId },
-    Read { key: GroupKey, volume: VolumeIndex, step: StepId, command: CommandId, device: ByteRange, wanted: ByteRange },
+    Receive {
+        id: ConnectionId,
+    },
+    ReceivePayload {
+        id: ConnectionId,
+        cookie: Cookie,
+        command: HostCommand,
+    },
+    Send {
+        id: ConnectionId,
+    },
+    Read {
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+        command: CommandId,
+        device: ByteRange,
+        wanted: ByteRange,
+    },
     Merge(Box<Merge>),
-    Write { key: GroupKey, volume: VolumeIndex, step: StepId },
-    ZeroRange { key: GroupKey, volume: VolumeIndex, step: StepId, device: ByteRange },
+    Write {
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+    },
+    ZeroRange {
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+        device: ByteRange,
+    },
     /// Zeros written where ZERO_RANGE is not known.
-    ZeroWritten { key: GroupKey, volume: VolumeIndex, step: StepId },
-    Flush { key: GroupKey, volume: VolumeIndex, step: StepId },
-    Io { key: GroupKey, io: IoId, target: IoTarget },
+    ZeroWritten {
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+    },
+    Flush {
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+    },
+    Io {
+        key: GroupKey,
+        io: IoId,
+        target: IoTarget,
+    },
 }
 
 impl Shard {
@@ -137,7 +173,9 @@ impl Shard {
         pending: Pending,
         operation: impl FnOnce(File) -> Operation,
     ) {
-        let Some(file) = self.home(key, volume) else { return };
+        let Some(file) = self.home(key, volume) else {
+            return;
+        };
         self.count(key, 1);
         self.submit(pending, operation(file));
     }
@@ -220,7 +258,8 @@ impl Shard {
             && payload.len() == length
         {
             // The whole command in one aligned step: its buffer is sealed in place.
-            let HostPayload::Whole(payload) = std::mem::replace(&mut request.payload, HostPayload::Nothing) else {
+            let HostPayload::Whole(payload) = std::mem::replace(&mut request.payload, HostPayload::Nothing)
+            else {
                 return None;
             };
             return Some(payload);
@@ -319,7 +358,9 @@ impl Shard {
 
     /// Ends a host's command.
     fn answer(&mut self, command: CommandId, result: HostResult) {
-        let Some(mut request) = self.requests.remove(&command.0) else { return };
+        let Some(mut request) = self.requests.remove(&command.0) else {
+            return;
+        };
         self.release_memory(&request.command);
         if request.connection.is_none() {
             self.forgotten = self.forgotten.saturating_sub(1);
@@ -340,7 +381,9 @@ impl Shard {
         let mine = self.requests.iter().filter(|(_, request)| request.connection == Some(id));
         let mine: Vec<u64> = mine.map(|(number, _)| *number).collect();
         for number in mine {
-            let Some(request) = self.requests.get_mut(&number) else { continue };
+            let Some(request) = self.requests.get_mut(&number) else {
+                continue;
+            };
             request.connection = None;
             let (key, volume) = (request.key, request.volume);
             let mut runs = false;
@@ -355,7 +398,9 @@ impl Shard {
 
     /// Requests without a connection whose last step ended.
     pub(super) fn drop_forgotten(&mut self, key: GroupKey) {
-        let Some(served) = self.groups.get(&key) else { return };
+        let Some(served) = self.groups.get(&key) else {
+            return;
+        };
         let ended = self.requests.iter().filter(|(number, request)| {
             request.key == key
                 && request.connection.is_none()
@@ -373,7 +418,9 @@ impl Shard {
     pub(super) fn complete(&mut self, completion: Completion) {
         let Completion { token, result, returned } = completion;
         let index = usize::try_from(token.0).unwrap_or(usize::MAX);
-        let Some(pending) = self.pending.try_remove(index) else { return };
+        let Some(pending) = self.pending.try_remove(index) else {
+            return;
+        };
         let outcome = result.as_ref().map(|_| ()).map_err(host_error);
         match pending {
             Pending::Receive { id } => {
@@ -383,7 +430,8 @@ impl Shard {
             }
             Pending::ReceivePayload { id, cookie, command } => {
                 if let Some(buffer) = returned.into_buffer() {
-                    let whole = expected_payload(&command) == buffer.len() && result.is_ok_and(|count| count > 0);
+                    let whole =
+                        expected_payload(&command) == buffer.len() && result.is_ok_and(|count| count > 0);
                     self.received_payload(id, cookie, command, buffer, whole);
                 }
             }

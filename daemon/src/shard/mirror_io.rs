@@ -55,11 +55,14 @@ impl Shard {
             IoRequest::HomeZero { volume, range, trim } => self.zero_home(key, io, volume, range, trim),
             IoRequest::HomeFlush { volume } => {
                 let target = IoTarget::Done { operation: "flushing a volume" };
-                self.on_home(key, volume, Pending::Io { key, io, target }, |file| Operation::Fdatasync { file });
+                self.on_home(key, volume, Pending::Io { key, io, target }, |file| Operation::Fdatasync {
+                    file,
+                });
             }
             IoRequest::IntentWrite { volume, offset, page } => {
                 let served = self.groups.get(&key);
-                let file = served.and_then(|served| served.volumes.get(usize::from(volume.0))?.files.intent.clone());
+                let file =
+                    served.and_then(|served| served.volumes.get(usize::from(volume.0))?.files.intent.clone());
                 self.write_file(key, io, file, "writing an intent map", offset, page, true);
             }
             IoRequest::RedoWrite { file, offset, data } => {
@@ -76,7 +79,8 @@ impl Shard {
             },
             IoRequest::RedoRead { file, offset, length } => self.read_redo(key, io, file, offset, length),
             IoRequest::CheckpointWrite { slot, page } => {
-                let file = self.groups.get(&key).and_then(|served| Some(served.redo.as_ref()?.checkpoint.clone()));
+                let file =
+                    self.groups.get(&key).and_then(|served| Some(served.redo.as_ref()?.checkpoint.clone()));
                 let offset = slot * u64::try_from(page.len()).unwrap_or(0);
                 self.write_file(key, io, file, "writing the redo checkpoint", offset, page, true);
             }
@@ -105,7 +109,9 @@ impl Shard {
         data: Bytes,
         durable: bool,
     ) {
-        let Some(file) = file else { return self.no_file(key, io, operation) };
+        let Some(file) = file else {
+            return self.no_file(key, io, operation);
+        };
         let data = Payload::One(self.aligned(data));
         self.count(key, 1);
         let pending = Pending::Io { key, io, target: IoTarget::Done { operation } };
@@ -199,7 +205,9 @@ impl Shard {
     }
 
     fn queue(&mut self, key: GroupKey, session: SessionId, item: Outgoing) {
-        let Some(link) = self.groups.get_mut(&key).and_then(|served| served.links.get_mut(&session.0)) else { return };
+        let Some(link) = self.groups.get_mut(&key).and_then(|served| served.links.get_mut(&session.0)) else {
+            return;
+        };
         if link.outgoing.len() >= OUTGOING_MAX {
             link.handle.close("the session does not take what is sent");
             return;
@@ -218,7 +226,9 @@ impl Shard {
 
     /// Takes what the sessions of a group have for it, and gives them what waits.
     pub(super) fn pump_links(&mut self, key: GroupKey) {
-        let Some(served) = self.groups.get_mut(&key) else { return };
+        let Some(served) = self.groups.get_mut(&key) else {
+            return;
+        };
         let (now, wall) = (monotonic(), wall());
         let mut ended = Vec::new();
         let mut heard = false;
@@ -266,12 +276,16 @@ impl Link {
     fn push_out(&mut self) {
         while let Some(item) = self.outgoing.pop_front() {
             let refused = match item {
-                Outgoing::Frame(frame) => {
-                    self.handle.try_send_control(frame).err().map(|refused| (refused.refusal, Outgoing::Frame(refused.item)))
-                }
-                Outgoing::Cut(chunks) => {
-                    self.handle.try_send_cut(chunks).err().map(|refused| (refused.refusal, Outgoing::Cut(refused.item)))
-                }
+                Outgoing::Frame(frame) => self
+                    .handle
+                    .try_send_control(frame)
+                    .err()
+                    .map(|refused| (refused.refusal, Outgoing::Frame(refused.item))),
+                Outgoing::Cut(chunks) => self
+                    .handle
+                    .try_send_cut(chunks)
+                    .err()
+                    .map(|refused| (refused.refusal, Outgoing::Cut(refused.item))),
             };
             match refused {
                 None => {}

@@ -29,8 +29,8 @@ use crate::group::{CleanState, Group};
 
 pub use clock::{monotonic, wall};
 pub use command::{
-    GroupKey, GroupSnapshot, GroupStart, MirroredStart, RedoFiles, ShardCommand, ShardHandle, ShardNews, Verb, VerbResult,
-    VolumeFiles,
+    GroupKey, GroupSnapshot, GroupStart, MirroredStart, RedoFiles, ShardCommand, ShardHandle, ShardNews,
+    Verb, VerbResult, VolumeFiles,
 };
 
 use connection::{Connection, ConnectionId};
@@ -268,7 +268,9 @@ impl Shard {
         if self.forgotten > 0 {
             self.drop_forgotten(key);
         }
-        let Some(served) = self.groups.get_mut(&key) else { return };
+        let Some(served) = self.groups.get_mut(&key) else {
+            return;
+        };
         for (slot, counters) in served.volumes.iter().zip(served.group.volume_snapshots()) {
             slot.meters.throttled(counters.throttled);
         }
@@ -284,7 +286,9 @@ impl Shard {
     }
 
     fn finish_removal(&mut self, key: GroupKey) {
-        let Some(served) = self.groups.get(&key) else { return };
+        let Some(served) = self.groups.get(&key) else {
+            return;
+        };
         let idle = served.group.is_drained() && served.outstanding == 0 && served.connections.is_empty();
         if served.removing.is_none() || !idle {
             return;
@@ -410,7 +414,9 @@ impl Shard {
 
     fn snapshot(&mut self, key: GroupKey, done: oneshot::Sender<GroupSnapshot>) {
         let mut connections = BTreeMap::<VolumeIndex, usize>::new();
-        let Some(served) = self.groups.get_mut(&key) else { return };
+        let Some(served) = self.groups.get_mut(&key) else {
+            return;
+        };
         for id in &served.connections {
             if let Some(connection) = self.connections.get(id.0) {
                 *connections.entry(connection.volume).or_default() += 1;

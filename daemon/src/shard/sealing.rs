@@ -82,7 +82,9 @@ impl Sealing {
         let mut budget = TURN_BYTES;
         let mut finished = Vec::new();
         while budget > 0 {
-            let Some(mut job) = self.jobs.pop_front() else { break };
+            let Some(mut job) = self.jobs.pop_front() else {
+                break;
+            };
             budget -= job.work(budget);
             if job.done == job.buffer.len() {
                 finished.push(job);

@@ -56,7 +56,9 @@ pub(super) fn take(
     volumes: &[(VolumeId, ByteCount)],
 ) -> Result<Option<CleanState>, FilesError> {
     let path = folder.join(FILE);
-    let Ok(bytes) = fs::read(&path) else { return Ok(None) };
+    let Ok(bytes) = fs::read(&path) else {
+        return Ok(None);
+    };
     remove_if_there(&path)?;
     sync_folder(folder)?;
     let clean = parse(&bytes, mirror, state, volumes);
@@ -66,7 +68,12 @@ pub(super) fn take(
     Ok(clean)
 }
 
-fn parse(bytes: &[u8], mirror: MirrorId, state: &GroupState, volumes: &[(VolumeId, ByteCount)]) -> Option<CleanState> {
+fn parse(
+    bytes: &[u8],
+    mirror: MirrorId,
+    state: &GroupState,
+    volumes: &[(VolumeId, ByteCount)],
+) -> Option<CleanState> {
     let (body, checksum) = bytes.split_last_chunk::<4>()?;
     if crc32c::crc32c(body) != u32::from_le_bytes(*checksum) {
         return None;

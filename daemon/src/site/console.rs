@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
 use axum::routing::get;
-use metrics::gauge;
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram, gauge};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 
 use super::Site;
@@ -29,21 +29,44 @@ pub fn install_metrics() -> anyhow::Result<PrometheusHandle> {
 }
 
 fn describe() {
-    use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+    describe_volumes();
+    describe_mirrors();
+}
+
+fn describe_volumes() {
     describe_counter!("farshore_volume_reads_total", "Read commands answered.");
     describe_counter!("farshore_volume_read_bytes_total", Unit::Bytes, "Bytes of read commands answered.");
-    describe_histogram!("farshore_volume_read_seconds", Unit::Seconds, "Time from a read's arrival to its answer.");
+    describe_histogram!(
+        "farshore_volume_read_seconds",
+        Unit::Seconds,
+        "Time from a read's arrival to its answer."
+    );
     describe_counter!("farshore_volume_writes_total", "Write commands answered.");
     describe_counter!("farshore_volume_write_bytes_total", Unit::Bytes, "Bytes of write commands answered.");
-    describe_histogram!("farshore_volume_write_seconds", Unit::Seconds, "Time from a write's arrival to its answer.");
+    describe_histogram!(
+        "farshore_volume_write_seconds",
+        Unit::Seconds,
+        "Time from a write's arrival to its answer."
+    );
     describe_counter!("farshore_volume_flushes_total", "Flush commands answered.");
-    describe_histogram!("farshore_volume_flush_seconds", Unit::Seconds, "Time from a flush's arrival to its answer.");
+    describe_histogram!(
+        "farshore_volume_flush_seconds",
+        Unit::Seconds,
+        "Time from a flush's arrival to its answer."
+    );
     describe_counter!("farshore_volume_trims_total", "Trim commands answered.");
     describe_counter!("farshore_volume_write_zeroes_total", "Write-zeroes commands answered.");
     describe_counter!("farshore_volume_errors_total", "Commands answered with an error.");
     describe_counter!("farshore_volume_throttled_total", "Commands that waited for the IOPS limit.");
     describe_gauge!("farshore_volume_connections", "Open connections of hosts.");
-    describe_gauge!("farshore_mirror_rpo_seconds", Unit::Seconds, "Age of the oldest write the target lacks.");
+}
+
+fn describe_mirrors() {
+    describe_gauge!(
+        "farshore_mirror_rpo_seconds",
+        Unit::Seconds,
+        "Age of the oldest write the target lacks."
+    );
     describe_gauge!("farshore_mirror_rpo_budget_seconds", Unit::Seconds, "The RPO budget.");
     describe_gauge!("farshore_mirror_backlog_bytes", Unit::Bytes, "Bytes that the target lacks.");
     describe_gauge!("farshore_mirror_state", "1 for the state the mirror is in, 0 for the others.");
@@ -79,7 +102,8 @@ async fn refresh(site: &Site) {
         if let Some(rpo) = view.rpo_seconds {
             gauge!("farshore_mirror_rpo_seconds", "mirror" => mirror()).set(rpo);
         }
-        gauge!("farshore_mirror_rpo_budget_seconds", "mirror" => mirror()).set(f64::from(view.rpo_budget_seconds));
+        gauge!("farshore_mirror_rpo_budget_seconds", "mirror" => mirror())
+            .set(f64::from(view.rpo_budget_seconds));
         gauge!("farshore_mirror_backlog_bytes", "mirror" => mirror()).set(approximate(view.backlog_bytes));
         gauge!("farshore_mirror_connected", "mirror" => mirror()).set(flag(view.connected));
         gauge!("farshore_mirror_ring_bytes", "mirror" => mirror()).set(approximate(view.memory.ring_bytes));

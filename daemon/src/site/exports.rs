@@ -32,7 +32,14 @@ impl Exports {
     }
 
     /// Adds an export that is not presented yet, or one that cannot be.
-    pub(super) fn insert(&self, name: &str, volume: VolumeId, size: ByteCount, group: Option<GroupKey>, reason: &str) {
+    pub(super) fn insert(
+        &self,
+        name: &str,
+        volume: VolumeId,
+        size: ByteCount,
+        group: Option<GroupKey>,
+        reason: &str,
+    ) {
         let export = Export { volume, size, group, presented: Err(reason.to_owned()) };
         self.write().insert(name.to_owned(), export);
     }
@@ -63,7 +70,9 @@ impl ExportDirectory for Exports {
         let exports = self.read();
         let export = exports.get(name).ok_or(ExportRefusal::Unknown)?;
         if let Err(reason) = &export.presented {
-            return Err(ExportRefusal::NotPresented { reason: format!("export '{name}' is not available: {reason}") });
+            return Err(ExportRefusal::NotPresented {
+                reason: format!("export '{name}' is not available: {reason}"),
+            });
         }
         Ok(ExportInfo { volume: export.volume, size: export.size, read_only: false, description: None })
     }

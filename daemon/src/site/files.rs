@@ -141,7 +141,10 @@ pub(super) fn create_redo(
 }
 
 /// Opens a mirror's redo log: syncs every segment, then scans from the newest checkpoint.
-pub(super) fn open_redo(folder: &Path, mirror: MirrorId) -> Result<(RedoFiles, Recovered, Checkpoint), FilesError> {
+pub(super) fn open_redo(
+    folder: &Path,
+    mirror: MirrorId,
+) -> Result<(RedoFiles, Recovered, Checkpoint), FilesError> {
     let path = folder.join(CHECKPOINT_FILE);
     let bytes = fs::read(&path).map_err(system("read", &path))?;
     let refuse = |reason: String| FilesError::Checkpoint { path: path.clone(), reason };
@@ -175,13 +178,14 @@ pub(super) fn open_redo(folder: &Path, mirror: MirrorId) -> Result<(RedoFiles, R
         buffer.truncate(length);
         Ok(buffer.freeze())
     };
-    let recovered = journal::recover(config, mirror, &checkpoint, &mut read).map_err(|error| FilesError::Redo {
-        path: folder.to_owned(),
-        reason: match std::error::Error::source(&error) {
-            Some(source) => format!("{error}: {source}"),
-            None => error.to_string(),
-        },
-    })?;
+    let recovered =
+        journal::recover(config, mirror, &checkpoint, &mut read).map_err(|error| FilesError::Redo {
+            path: folder.to_owned(),
+            reason: match std::error::Error::source(&error) {
+                Some(source) => format!("{error}: {source}"),
+                None => error.to_string(),
+            },
+        })?;
     if recovered.stopped_at == RecoveryStop::ScanStartLost {
         tracing::warn!(folder = %folder.display(), "the redo log does not continue from its checkpoint");
     }

@@ -54,9 +54,9 @@ impl HostListener {
     /// Where hosts connect, as an NBD URI without an export name.
     pub(super) fn uri(&self) -> String {
         match self {
-            Self::Tcp(listener) => {
-                listener.local_addr().map_or_else(|_| "nbd://".to_owned(), |address| format!("nbd://{address}"))
-            }
+            Self::Tcp(listener) => listener
+                .local_addr()
+                .map_or_else(|_| "nbd://".to_owned(), |address| format!("nbd://{address}")),
             Self::Unix(_, path) => format!("nbd+unix:///?socket={}", path.display()),
         }
     }
@@ -65,7 +65,9 @@ impl HostListener {
     pub(super) async fn serve(self, site: Arc<Site>) {
         let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
         loop {
-            let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else { return };
+            let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else {
+                return;
+            };
             let site = Arc::clone(&site);
             match &self {
                 Self::Tcp(listener) => match listener.accept().await {
@@ -107,7 +109,9 @@ fn spawn_greeting<S>(
     tokio::spawn(async move {
         let greeted = limited(greet(&mut stream, &site)).await;
         drop(permit);
-        let Some((negotiated, early)) = greeted else { return };
+        let Some((negotiated, early)) = greeted else {
+            return;
+        };
         match into_descriptor(stream) {
             Ok(descriptor) => hand_over(&site, descriptor, negotiated, early),
             Err(error) => tracing::debug!(%error, "a host's connection was lost after its handshake"),
@@ -162,7 +166,9 @@ where
 }
 
 fn hand_over(site: &Site, descriptor: OwnedFd, negotiated: Negotiated, early: Bytes) {
-    let Some(key) = site.exports().group(&negotiated.name) else { return };
+    let Some(key) = site.exports().group(&negotiated.name) else {
+        return;
+    };
     let volume = negotiated.volume;
     let socket = Socket::from(descriptor);
     site.shard_of(key).send(ShardCommand::Connect { key, volume, socket, negotiated, early });

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
 use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind};
-use block::IopsLimit;
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
 use store::File;
@@ -36,8 +36,9 @@ struct MirrorFiles {
 
 impl Site {
     fn redo_config(&self) -> Result<RedoConfig, OperationError> {
-        RedoConfig::new(self.settings.redo_segments.get(), self.settings.redo_segment.0)
-            .map_err(|error| problem(ProblemKind::Internal, format!("the settings' redo log is not possible: {error}")))
+        RedoConfig::new(self.settings.redo_segments.get(), self.settings.redo_segment.0).map_err(|error| {
+            problem(ProblemKind::Internal, format!("the settings' redo log is not possible: {error}"))
+        })
     }
 
     /// Makes the files of a mirror; nothing is left of a failed attempt.
@@ -73,17 +74,24 @@ impl Site {
             maps.push(map);
             intents.push(file);
         }
-        let made: (RedoFiles, Recovered, Checkpoint) = files::create_redo(folder, mirror, self.redo_config()?, state)?;
+        let made: (RedoFiles, Recovered, Checkpoint) =
+            files::create_redo(folder, mirror, self.redo_config()?, state)?;
         let (redo, recovered, checkpoint) = made;
         files::sync_folder(folder)?;
         Ok((intents, redo, files::opened(maps, None, recovered, checkpoint)))
     }
 
     /// `mirror create` at the primary: the partner first, then this side.
-    pub(super) async fn make_mirror(self: &Arc<Self>, create: MirrorCreate) -> Result<MirrorRecord, OperationError> {
+    pub(super) async fn make_mirror(
+        self: &Arc<Self>,
+        create: MirrorCreate,
+    ) -> Result<MirrorRecord, OperationError> {
         let name = &create.name;
         let partner = self.catalogue().partner(&create.partner).ok_or_else(|| {
-            let detail = format!("partner '{}' is not known: add it with 'farshore partner add' first", create.partner);
+            let detail = format!(
+                "partner '{}' is not known: add it with 'farshore partner add' first",
+                create.partner
+            );
             problem(ProblemKind::NotFound, detail)
         })?;
         if self.catalogue().mirror(name).is_some() {
@@ -127,7 +135,10 @@ impl Site {
         let mut volumes = Vec::new();
         for volume_name in &create.volumes {
             let volume = self.catalogue().volume(volume_name).ok_or_else(|| {
-                problem(ProblemKind::NotFound, format!("volume '{volume_name}' does not exist: create it first"))
+                problem(
+                    ProblemKind::NotFound,
+                    format!("volume '{volume_name}' does not exist: create it first"),
+                )
             })?;
             if let Some((mirror, _)) = self.catalogue().mirror_of(volume.id) {
                 let detail = format!("volume '{volume_name}' is in mirror '{}' already", mirror.name);
@@ -152,7 +163,8 @@ impl Site {
         mirror: &MirrorRecord,
         volumes: Vec<VolumeRecord>,
     ) -> Result<(), OperationError> {
-        let keys: Vec<GroupKey> = volumes.iter().filter_map(|volume| self.group_of_volume(volume.id)).collect();
+        let keys: Vec<GroupKey> =
+            volumes.iter().filter_map(|volume| self.group_of_volume(volume.id)).collect();
         if keys.len() != volumes.len() {
             let detail = format!("mirror '{}' cannot be made: one of its volumes is offline", mirror.name);
             return Err(problem(ProblemKind::Unavailable, detail));
@@ -214,7 +226,11 @@ impl Site {
     }
 
     /// A partner asks this side to hold a secondary.
-    pub(super) async fn create_secondary(self: &Arc<Self>, partner: &VolumeName, create: CreateMirror) -> Message {
+    pub(super) async fn create_secondary(
+        self: &Arc<Self>,
+        partner: &VolumeName,
+        create: CreateMirror,
+    ) -> Message {
         let _changing = self.changes.lock().await;
         let site = Arc::clone(self);
         let partner = partner.clone();
@@ -226,7 +242,11 @@ impl Site {
         }
     }
 
-    fn make_secondary(&self, partner: &VolumeName, create: &CreateMirror) -> Result<(), (RefusalCode, String)> {
+    fn make_secondary(
+        &self,
+        partner: &VolumeName,
+        create: &CreateMirror,
+    ) -> Result<(), (RefusalCode, String)> {
         let mismatch = |text: String| (RefusalCode::Mismatch, text);
         let here = self.name();
         let ours = self.key.fingerprint().to_string();
@@ -237,9 +257,13 @@ impl Site {
                  mirror share one; give both the same key file with --kek"
             )));
         }
-        let name: VolumeName = create.name.parse().map_err(|error: block::NameError| mismatch(error.to_string()))?;
+        let name: VolumeName =
+            create.name.parse().map_err(|error: block::NameError| mismatch(error.to_string()))?;
         if self.catalogue().mirror(&name).is_some() {
-            return Err((RefusalCode::Conflict, format!("site '{here}' has a mirror '{name}' already: delete it there")));
+            return Err((
+                RefusalCode::Conflict,
+                format!("site '{here}' has a mirror '{name}' already: delete it there"),
+            ));
         }
         let mut volumes: Vec<VolumeRecord> = Vec::new();
         let made = create.volumes.iter().try_for_each(|volume| {
@@ -261,9 +285,12 @@ impl Site {
     fn make_replica(&self, volume: &MirrorVolume) -> Result<VolumeRecord, (RefusalCode, String)> {
         let here = self.name();
         let mismatch = |text: String| (RefusalCode::Mismatch, text);
-        let name: VolumeName = volume.name.parse().map_err(|error: block::NameError| mismatch(error.to_string()))?;
+        let name: VolumeName =
+            volume.name.parse().map_err(|error: block::NameError| mismatch(error.to_string()))?;
         if self.catalogue().volume(&name).is_some() {
-            let text = format!("site '{here}' has a volume '{name}' already: delete it there, or mirror another name");
+            let text = format!(
+                "site '{here}' has a volume '{name}' already: delete it there, or mirror another name"
+            );
             return Err((RefusalCode::Conflict, text));
         }
         let class = self.settings.class(&volume.class);
@@ -283,7 +310,8 @@ impl Site {
             wrapped_key: volume.wrapped_key.clone(),
             pool,
         };
-        self.allocate_volume(&record).map_err(|error| (RefusalCode::NoSpace, format!("site '{here}': {error}")))?;
+        self.allocate_volume(&record)
+            .map_err(|error| (RefusalCode::NoSpace, format!("site '{here}': {error}")))?;
         Ok(record)
     }
 
@@ -336,11 +364,13 @@ impl Site {
         epoch: Epoch,
     ) -> Message {
         let _changing = self.changes.lock().await;
-        let Some(record) = self.catalogue().mirror_by_id(mirror).filter(|record| record.partner == *partner) else {
+        let Some(record) = self.catalogue().mirror_by_id(mirror).filter(|record| record.partner == *partner)
+        else {
             return Message::Deleted;
         };
         if epoch.0 < record.group.epoch {
-            let text = format!("mirror '{}' is of epoch {} here: delete it here", record.name, record.group.epoch);
+            let text =
+                format!("mirror '{}' is of epoch {} here: delete it here", record.name, record.group.epoch);
             return refusal(RefusalCode::StaleEpoch, text);
         }
         match self.forget_mirror(&record).await {
@@ -371,7 +401,9 @@ impl Site {
         }
         let site = Arc::clone(self);
         let mirror = mirror.clone();
-        tokio::task::spawn_blocking(move || site.remove_mirror(&mirror, incomplete)).await.map_err(internal)?
+        tokio::task::spawn_blocking(move || site.remove_mirror(&mirror, incomplete))
+            .await
+            .map_err(internal)?
     }
 
     fn remove_mirror(&self, mirror: &MirrorRecord, incomplete: bool) -> Result<(), OperationError> {
@@ -380,7 +412,9 @@ impl Site {
         }
         files::remove_mirror_folder(&files::mirror_folder(&self.settings.data_dir, mirror.id))?;
         for id in &mirror.volumes {
-            let Some(volume) = self.catalogue().volume_by_id(*id) else { continue };
+            let Some(volume) = self.catalogue().volume_by_id(*id) else {
+                continue;
+            };
             if incomplete {
                 self.exports().remove(volume.name.as_str());
                 self.catalogue().delete_volume(*id)?;
@@ -434,7 +468,9 @@ impl Site {
     pub(super) async fn verb(&self, key: GroupKey, verb: Verb) -> Result<Option<LossReport>, OperationError> {
         let (done, outcome) = oneshot::channel();
         self.shard_of(key).send(ShardCommand::Verb { key, verb, done });
-        let outcome = outcome.await.map_err(|_| problem(ProblemKind::Internal, "the mirror's shard does not answer"))?;
+        let outcome = outcome
+            .await
+            .map_err(|_| problem(ProblemKind::Internal, "the mirror's shard does not answer"))?;
         outcome.map_err(|refused| problem(ProblemKind::Refused, refused.to_string()))
     }
 

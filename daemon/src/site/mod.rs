@@ -26,7 +26,9 @@ use crypto::KeyEncryptionKey;
 use keystore::{FileKeyProvider, KeyProvider};
 use metrics_exporter_prometheus::PrometheusHandle;
 use protocol::{GroupState, Role};
-use replicator::{BudgetedBuffers, CutIntake, Endpoint, PinStore, PinnedCertificate, SiteIdentity, TransportSettings};
+use replicator::{
+    BudgetedBuffers, CutIntake, Endpoint, PinStore, PinnedCertificate, SiteIdentity, TransportSettings,
+};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::api::{ControlSocket, router};
@@ -96,7 +98,8 @@ impl Site {
     pub async fn start(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<Running> {
         let lock = DirectoryLock::acquire(&settings.data_dir)?;
         for pool in settings.pools.values() {
-            std::fs::create_dir_all(pool).with_context(|| format!("cannot make pool folder {}", pool.display()))?;
+            std::fs::create_dir_all(pool)
+                .with_context(|| format!("cannot make pool folder {}", pool.display()))?;
         }
         let (catalogue, notices) = Catalogue::open(lock, settings.pools.clone())?;
         for notice in notices {
@@ -127,8 +130,8 @@ impl Site {
         let mut threads = Vec::new();
         let receive_bytes = usize::try_from(settings.receive_pool.0)?;
         for index in 0..settings.shards.get() {
-            let (handle, thread) = crate::shard::start(index, receive_bytes, news.clone())
-                .context("a shard cannot start")?;
+            let (handle, thread) =
+                crate::shard::start(index, receive_bytes, news.clone()).context("a shard cannot start")?;
             shards.push(handle);
             threads.push(thread);
         }
@@ -164,24 +167,27 @@ impl Site {
         tokio::task::spawn_blocking(move || opener.open_groups()).await?;
         tasks.push(tokio::spawn(Arc::clone(&self).accept_partners(incoming)));
         for address in &self.settings.nbd_listen {
-            let listener = HostListener::bind(address)
-                .await
-                .with_context(|| format!("cannot listen for hosts at {address}: name another address with --nbd"))?;
+            let listener = HostListener::bind(address).await.with_context(|| {
+                format!("cannot listen for hosts at {address}: name another address with --nbd")
+            })?;
             lock(&self.nbd_uris).push(listener.uri());
             tasks.push(tokio::spawn(listener.serve(Arc::clone(&self))));
         }
         if let ConsoleAddress::Tcp(address) = self.settings.console_listen {
-            let listener = console::bind(address)
-                .await
-                .with_context(|| format!("cannot listen for the console at {address}: name another with --console"))?;
+            let listener = console::bind(address).await.with_context(|| {
+                format!("cannot listen for the console at {address}: name another with --console")
+            })?;
             tasks.push(tokio::spawn(console::serve(listener, Arc::clone(&self), metrics)));
         }
         let socket = ControlSocket::bind(&self.settings.control_socket)?;
         let (stop_api, stopped) = oneshot::channel::<()>();
-        let api = tokio::spawn(socket.serve(router(Arc::new(operations::Operator(Arc::clone(&self)))), async move {
-            // A sender that is gone means the same as a word from it.
-            let _ = stopped.await;
-        }));
+        let api = tokio::spawn(socket.serve(
+            router(Arc::new(operations::Operator(Arc::clone(&self)))),
+            async move {
+                // A sender that is gone means the same as a word from it.
+                let _ = stopped.await;
+            },
+        ));
         Ok(Running { site: self, threads, tasks, stop_api, api })
     }
 
@@ -331,8 +337,12 @@ impl Running {
 impl Site {
     fn write_clean(&self, states: Vec<(GroupKey, Option<CleanState>)>) {
         for (key, clean) in states {
-            let (Some(mirror), Some(clean)) = (self.mirror_of_group(key), clean) else { continue };
-            let Ok(state) = GroupState::decode(&mirror.group.state) else { continue };
+            let (Some(mirror), Some(clean)) = (self.mirror_of_group(key), clean) else {
+                continue;
+            };
+            let Ok(state) = GroupState::decode(&mirror.group.state) else {
+                continue;
+            };
             let sizes: Vec<_> = self.sizes(&mirror);
             let folder = files::mirror_folder(&self.settings.data_dir, mirror.id);
             if let Err(error) = clean::write(&folder, mirror.id, &state, &sizes, &clean) {

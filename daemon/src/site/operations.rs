@@ -24,22 +24,34 @@ type Outcome<T> = Result<T, OperationError>;
 impl Site {
     fn known_volume(&self, name: &VolumeName) -> Outcome<VolumeRecord> {
         self.catalogue().volume(name).ok_or_else(|| {
-            problem(ProblemKind::NotFound, format!("volume '{name}' does not exist: see 'farshore volume list'"))
+            problem(
+                ProblemKind::NotFound,
+                format!("volume '{name}' does not exist: see 'farshore volume list'"),
+            )
         })
     }
 
     fn known_partner(&self, name: &VolumeName) -> Outcome<PartnerRecord> {
         self.catalogue().partner(name).ok_or_else(|| {
-            problem(ProblemKind::NotFound, format!("partner '{name}' is not known: see 'farshore partner list'"))
+            problem(
+                ProblemKind::NotFound,
+                format!("partner '{name}' is not known: see 'farshore partner list'"),
+            )
         })
     }
 
     fn known_mirror(&self, name: &VolumeName) -> Outcome<(MirrorRecord, GroupKey)> {
         let mirror = self.catalogue().mirror(name).ok_or_else(|| {
-            problem(ProblemKind::NotFound, format!("mirror '{name}' does not exist: see 'farshore mirror list'"))
+            problem(
+                ProblemKind::NotFound,
+                format!("mirror '{name}' does not exist: see 'farshore mirror list'"),
+            )
         })?;
         let key = self.group_of_mirror(mirror.id).ok_or_else(|| {
-            problem(ProblemKind::Unavailable, format!("mirror '{name}' is offline: the daemon's log says why"))
+            problem(
+                ProblemKind::Unavailable,
+                format!("mirror '{name}' is offline: the daemon's log says why"),
+            )
         })?;
         Ok((mirror, key))
     }
@@ -53,7 +65,9 @@ impl Site {
         if let Some(key) = self.group_of_volume(volume.id) {
             let connections: usize = self.snapshot(key).await?.connections.iter().sum();
             if connections > 0 {
-                let detail = format!("volume '{name}' is in use by {connections} connections: disconnect its hosts first");
+                let detail = format!(
+                    "volume '{name}' is in use by {connections} connections: disconnect its hosts first"
+                );
                 return Err(problem(ProblemKind::Conflict, detail));
             }
             self.end_group(key).await?;
@@ -71,7 +85,8 @@ impl Site {
             problem(ProblemKind::Invalid, detail)
         })?;
         if certificate.fingerprint() == self.identity.fingerprint() {
-            let detail = format!("partner '{}' has this site's own certificate: give the partner's", add.name);
+            let detail =
+                format!("partner '{}' has this site's own certificate: give the partner's", add.name);
             return Err(problem(ProblemKind::Invalid, detail));
         }
         let partner = PartnerRecord { name: add.name, address: add.address, certificate: add.certificate };
@@ -91,7 +106,9 @@ impl Site {
     fn warnings(&self) -> Vec<String> {
         let troubles = lock(&self.troubles);
         let names = self.catalogue().volumes();
-        let of = |id: &block::VolumeId| names.iter().find(|volume| volume.id == *id).map(|volume| volume.name.clone());
+        let of = |id: &block::VolumeId| {
+            names.iter().find(|volume| volume.id == *id).map(|volume| volume.name.clone())
+        };
         troubles
             .iter()
             .map(|(id, trouble)| match of(id) {
@@ -150,7 +167,8 @@ impl Operations for Operator {
     async fn partner_add(&self, add: PartnerAdd) -> Outcome<PartnerView> {
         let _changing = self.changes.lock().await;
         let site = Arc::clone(&self.0);
-        let partner = tokio::task::spawn_blocking(move || site.store_partner(add)).await.map_err(internal)??;
+        let partner =
+            tokio::task::spawn_blocking(move || site.store_partner(add)).await.map_err(internal)??;
         let answers = self.ping(&partner).await;
         Ok(self.partner_view(&partner, answers))
     }
@@ -175,7 +193,9 @@ impl Operations for Operator {
         self.known_partner(&name)?;
         let site = Arc::clone(&self.0);
         let removed = name.clone();
-        tokio::task::spawn_blocking(move || site.catalogue().remove_partner(&removed)).await.map_err(internal)??;
+        tokio::task::spawn_blocking(move || site.catalogue().remove_partner(&removed))
+            .await
+            .map_err(internal)??;
         self.pins.remove(name.as_str());
         lock(&self.partner_troubles).remove(&name);
         Ok(())
@@ -232,12 +252,16 @@ impl Operations for Operator {
     async fn mirror_delete(&self, name: VolumeName) -> Outcome<()> {
         let _changing = self.changes.lock().await;
         let mirror = self.catalogue().mirror(&name).ok_or_else(|| {
-            problem(ProblemKind::NotFound, format!("mirror '{name}' does not exist: see 'farshore mirror list'"))
+            problem(
+                ProblemKind::NotFound,
+                format!("mirror '{name}' does not exist: see 'farshore mirror list'"),
+            )
         })?;
         let partner = self.catalogue().partner(&mirror.partner);
         self.forget_mirror(&mirror).await?;
         if let Some(partner) = partner
-            && let Err(error) = self.ask_to_delete(&partner, mirror.id, block::Epoch(mirror.group.epoch)).await
+            && let Err(error) =
+                self.ask_to_delete(&partner, mirror.id, block::Epoch(mirror.group.epoch)).await
         {
             tracing::warn!(mirror = %name, %error, "the mirror is deleted here only: delete it at the partner too");
         }
@@ -246,7 +270,8 @@ impl Operations for Operator {
 
     async fn status(&self) -> Outcome<StatusView> {
         let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
-        let connections = self.connection_counts().await.into_iter().map(|(_, connections)| connections).sum();
+        let connections =
+            self.connection_counts().await.into_iter().map(|(_, connections)| connections).sum();
         Ok(StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             site: self.catalogue().site(),

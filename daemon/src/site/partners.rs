@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use block::{Epoch, MirrorId, VolumeName};
 use control::ProblemKind;
-use protocol::{CreateMirror, Message, Refuse, RefusalCode};
+use protocol::{CreateMirror, Message, RefusalCode, Refuse};
 use replicator::{IncomingSession, SessionEvent, SessionHandle};
 use tokio::sync::{Notify, mpsc};
 
@@ -54,7 +54,9 @@ impl Call {
 impl Site {
     /// Opens a session for a group's mirror and hands it to the group's shard.
     pub(super) async fn dial_for(self: Arc<Self>, key: GroupKey) {
-        let Some(mirror) = self.mirror_of_group(key) else { return };
+        let Some(mirror) = self.mirror_of_group(key) else {
+            return;
+        };
         let session = match self.catalogue().partner(&mirror.partner) {
             Some(partner) => self.dial(&partner).await,
             None => Err(format!("partner '{}' is not known any more", mirror.partner)),
@@ -109,10 +111,8 @@ impl Site {
         partner: &PartnerRecord,
         create: CreateMirror,
     ) -> Result<(), OperationError> {
-        match self.ask(partner, Message::CreateMirror(create), CALL_LIMIT).await? {
-            Message::Created { .. } => Ok(()),
-            other => Err(refused(partner, &other)),
-        }
+        let answer = self.ask(partner, Message::CreateMirror(create), CALL_LIMIT).await?;
+        if matches!(answer, Message::Created { .. }) { Ok(()) } else { Err(refused(partner, &answer)) }
     }
 
     /// Has the partner forget a mirror.
@@ -122,10 +122,8 @@ impl Site {
         mirror: MirrorId,
         epoch: Epoch,
     ) -> Result<(), OperationError> {
-        match self.ask(partner, Message::DeleteMirror { mirror, epoch }, CALL_LIMIT).await? {
-            Message::Deleted => Ok(()),
-            other => Err(refused(partner, &other)),
-        }
+        let answer = self.ask(partner, Message::DeleteMirror { mirror, epoch }, CALL_LIMIT).await?;
+        if matches!(answer, Message::Deleted) { Ok(()) } else { Err(refused(partner, &answer)) }
     }
 
     /// Takes sessions that partners open, until the endpoint ends.
@@ -137,7 +135,9 @@ impl Site {
 
     async fn receive_partner(self: Arc<Self>, session: IncomingSession) {
         let IncomingSession { partner, hello, handle, .. } = session;
-        let Ok(partner) = partner.parse::<VolumeName>() else { return };
+        let Ok(partner) = partner.parse::<VolumeName>() else {
+            return;
+        };
         self.note_partner(&partner, None);
         let question = match Message::decode(&hello) {
             Ok(message) => message,
@@ -152,7 +152,7 @@ impl Site {
                     self.shard_of(key).send(ShardCommand::Greeted { key, session: handle, hello });
                     return;
                 }
-                Err(refuse) => refuse,
+                Err((code, text)) => refusal(code, text),
             },
             Message::Ping => Message::Pong { site: self.catalogue().site(), name: self.name() },
             Message::CreateMirror(create) => self.create_secondary(&partner, create).await,
@@ -167,7 +167,9 @@ impl Site {
             | Message::Orphans { .. }
             | Message::Created { .. }
             | Message::Deleted
-            | Message::Pong { .. } => refusal(RefusalCode::Protocol, "the first message must be a question".to_owned()),
+            | Message::Pong { .. } => {
+                refusal(RefusalCode::Protocol, "the first message must be a question".to_owned())
+            }
         };
         let mut call = Call::new(handle);
         if call.send(&answer).is_ok() {
@@ -176,15 +178,20 @@ impl Site {
         }
     }
 
-    fn group_of_hello(&self, partner: &VolumeName, mirror: MirrorId) -> Result<GroupKey, Message> {
+    fn group_of_hello(
+        &self,
+        partner: &VolumeName,
+        mirror: MirrorId,
+    ) -> Result<GroupKey, (RefusalCode, String)> {
         let known = self.catalogue().mirror_by_id(mirror).zip(self.group_of_mirror(mirror));
         let Some((record, key)) = known else {
-            let text = format!("site '{}' does not know this mirror; delete it and create it anew", self.name());
-            return Err(refusal(RefusalCode::UnknownMirror, text));
+            let text =
+                format!("site '{}' does not know this mirror; delete it and create it anew", self.name());
+            return Err((RefusalCode::UnknownMirror, text));
         };
         if record.partner != *partner {
             let text = format!("mirror '{}' belongs to another partner than '{partner}'", record.name);
-            return Err(refusal(RefusalCode::WrongPartner, text));
+            return Err((RefusalCode::WrongPartner, text));
         }
         Ok(key)
     }
@@ -203,11 +210,11 @@ pub(super) fn refusal(code: RefusalCode, text: String) -> Message {
 
 fn refused(partner: &PartnerRecord, answer: &Message) -> OperationError {
     let name = &partner.name;
-    match answer {
-        Message::Refuse(refuse) => {
-            OperationError::new(ProblemKind::Refused, format!("partner '{name}' refuses: {}", refuse.text))
-        }
-        _ => OperationError::new(ProblemKind::Unavailable, format!("partner '{name}' gave an answer out of place")),
+    if let Message::Refuse(refuse) = answer {
+        return OperationError::new(
+            ProblemKind::Refused,
+            format!("partner '{name}' refuses: {}", refuse.text),
+        );
     }
+    OperationError::new(ProblemKind::Unavailable, format!("partner '{name}' gave an answer out of place"))
 }
-

@@ -1,8 +1,8 @@
 //! Objects as operators see them.
 
 use control::{
-    Iops, MirrorMemory, MirrorView, PartnerView, ProblemKind, RecoveryPoint, ResyncView, Timestamp, VolumeState,
-    VolumeView,
+    Iops, MirrorMemory, MirrorView, PartnerView, ProblemKind, RecoveryPoint, ResyncView, Timestamp,
+    VolumeState, VolumeView,
 };
 use protocol::Role;
 
@@ -35,7 +35,11 @@ impl Site {
         }
     }
 
-    fn volume_state(&self, volume: &VolumeRecord, snapshot: Option<&GroupSnapshot>) -> (VolumeState, Option<String>) {
+    fn volume_state(
+        &self,
+        volume: &VolumeRecord,
+        snapshot: Option<&GroupSnapshot>,
+    ) -> (VolumeState, Option<String>) {
         let Some(snapshot) = snapshot else {
             let trouble = lock(&self.troubles).get(&volume.id).cloned();
             let locked = trouble.as_ref().is_some_and(|trouble| trouble.contains("is locked"));
@@ -50,7 +54,9 @@ impl Site {
             (Err(_), Some(state)) if state.role == Role::Primary => {
                 (VolumeState::Waiting, snapshot.presented.clone().err())
             }
-            (Err(_), Some(state)) if state.diverged => (VolumeState::Fenced, snapshot.presented.clone().err()),
+            (Err(_), Some(state)) if state.diverged => {
+                (VolumeState::Fenced, snapshot.presented.clone().err())
+            }
             (Err(_), Some(_)) => (VolumeState::Secondary, snapshot.presented.clone().err()),
             (Err(_), None) => (VolumeState::Offline, snapshot.presented.clone().err()),
         }
@@ -63,7 +69,9 @@ impl Site {
         };
         let key = self.group_of_mirror(mirror.id).ok_or_else(offline)?;
         let snapshot = self.snapshot(key).await?;
-        let (Some(view), Some(state)) = (&snapshot.mirror, &snapshot.state) else { return Err(offline()) };
+        let (Some(view), Some(state)) = (&snapshot.mirror, &snapshot.state) else {
+            return Err(offline());
+        };
         let waiting = snapshot.presented.clone().err().filter(|_| view.role == Role::Primary);
         Ok(MirrorView {
             name: mirror.name.clone(),
@@ -88,10 +96,9 @@ impl Site {
             rpo_budget_seconds: mirror.rpo_seconds.get(),
             backlog_bytes: view.backlog.0,
             journal_tier: tier(view),
-            resync: view.resync_remaining.map(|remaining| ResyncView {
-                remaining_bytes: remaining.0,
-                eta_seconds: None,
-            }),
+            resync: view
+                .resync_remaining
+                .map(|remaining| ResyncView { remaining_bytes: remaining.0, eta_seconds: None }),
             orphaned_bytes: view.orphaned.0,
             overload: mirror.overload,
             memory: MirrorMemory {
@@ -115,10 +122,13 @@ impl Site {
 
     /// Open connections of hosts, by volume.
     pub(super) async fn connection_counts(&self) -> Vec<(String, u64)> {
-        let groups: Vec<_> = lock(&self.groups).entries.iter().map(|(key, entry)| (*key, entry.clone())).collect();
+        let groups: Vec<_> =
+            lock(&self.groups).entries.iter().map(|(key, entry)| (*key, entry.clone())).collect();
         let mut counts = Vec::new();
         for (key, entry) in groups {
-            let Ok(snapshot) = self.snapshot(key).await else { continue };
+            let Ok(snapshot) = self.snapshot(key).await else {
+                continue;
+            };
             for (id, connections) in entry.volumes.iter().zip(snapshot.connections) {
                 if let Some(volume) = self.catalogue().volume_by_id(*id) {
                     counts.push((volume.name.to_string(), u64::try_from(connections).unwrap_or(u64::MAX)));

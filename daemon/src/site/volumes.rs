@@ -87,7 +87,10 @@ impl Site {
     pub(super) fn folder(&self, volume: &VolumeRecord) -> Result<std::path::PathBuf, OperationError> {
         self.catalogue().folder(volume).ok_or_else(|| {
             let (name, pool) = (&volume.name, &volume.pool);
-            problem(ProblemKind::Unavailable, format!("volume '{name}' is in pool '{pool}', which the settings lack"))
+            problem(
+                ProblemKind::Unavailable,
+                format!("volume '{name}' is in pool '{pool}', which the settings lack"),
+            )
         })
     }
 
@@ -118,14 +121,24 @@ impl Site {
 
     pub(super) fn add_lone(&self, volume: &VolumeRecord, home: File, cipher: Arc<VolumeCipher>) {
         let key = self.new_group(vec![volume.id], None);
-        self.exports().insert(volume.name.as_str(), volume.id, volume.size, Some(key), "the volume is being opened");
+        self.exports().insert(
+            volume.name.as_str(),
+            volume.id,
+            volume.size,
+            Some(key),
+            "the volume is being opened",
+        );
         let name = volume.name.to_string();
         let files = vec![VolumeFiles { id: volume.id, name, home, intent: None, cipher: Some(cipher) }];
         let start = GroupStart::Alone(vec![self.group_volume(volume)]);
         self.shard_of(key).send(ShardCommand::Add { key, files, start });
     }
 
-    pub(super) fn mirror_settings(&self, mirror: block::MirrorId, volumes: &[VolumeRecord]) -> MirrorSettings {
+    pub(super) fn mirror_settings(
+        &self,
+        mirror: block::MirrorId,
+        volumes: &[VolumeRecord],
+    ) -> MirrorSettings {
         let settings = &self.settings;
         MirrorSettings {
             mirror,
@@ -150,7 +163,8 @@ impl Site {
             .iter()
             .map(|id| {
                 self.catalogue().volume_by_id(*id).ok_or_else(|| {
-                    let detail = format!("mirror '{}' names volume {id}, which the catalogue lacks", mirror.name);
+                    let detail =
+                        format!("mirror '{}' names volume {id}, which the catalogue lacks", mirror.name);
                     problem(ProblemKind::Internal, detail)
                 })
             })
@@ -235,7 +249,8 @@ impl Site {
         self.check_volume(create)?;
         let random = keystore::random_bytes::<64>()
             .map_err(|error| problem(ProblemKind::Internal, error.to_string()))?;
-        let key = DataKey::from_random(random).map_err(|error| problem(ProblemKind::Internal, error.to_string()))?;
+        let key = DataKey::from_random(random)
+            .map_err(|error| problem(ProblemKind::Internal, error.to_string()))?;
         let pool = self.settings.pools.keys().next().cloned();
         let pool = pool.ok_or_else(|| problem(ProblemKind::Unavailable, "the settings name no pool"))?;
         let record = VolumeRecord {
@@ -255,7 +270,8 @@ impl Site {
 
     /// Reserves, allocates and commits a volume; nothing is left of a failed attempt.
     pub(super) fn allocate_volume(&self, record: &VolumeRecord) -> Result<File, OperationError> {
-        let folder = self.catalogue().reserve_volume(record.clone()).map_err(|error| self.conflict(record, error))?;
+        let folder =
+            self.catalogue().reserve_volume(record.clone()).map_err(|error| self.conflict(record, error))?;
         let made = make_home(&folder, record.size, record.cache == Cache::None)
             .map_err(OperationError::from)
             .and_then(|home| Ok(self.catalogue().commit_volume(record.id).map(|()| home)?));

@@ -123,10 +123,7 @@ impl<'a> Reader<'a> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
-            value => Err(CodecError::Unknown {
-                field,
-                value: u64::from(value),
-            }),
+            value => Err(CodecError::Unknown { field, value: u64::from(value) }),
         }
     }
 
@@ -145,11 +142,7 @@ impl<'a> Reader<'a> {
     /// A list's length, refused above `limit`.
     pub(crate) fn count(&mut self, field: &'static str, limit: usize) -> Result<usize, CodecError> {
         let count = usize::try_from(self.u32()?).unwrap_or(usize::MAX);
-        if count > limit {
-            Err(CodecError::TooLong { field, limit })
-        } else {
-            Ok(count)
-        }
+        if count > limit { Err(CodecError::TooLong { field, limit }) } else { Ok(count) }
     }
 
     pub(crate) fn counted(&mut self, field: &'static str, limit: usize) -> Result<Vec<u8>, CodecError> {
@@ -179,17 +172,10 @@ impl<'a> Reader<'a> {
     }
 
     pub(crate) fn tip(&mut self) -> Result<Tip, CodecError> {
-        Ok(Tip {
-            position: self.position()?,
-            chain: ChainHash(self.array()?),
-        })
+        Ok(Tip { position: self.position()?, chain: ChainHash(self.array()?) })
     }
 
     pub(crate) const fn finish(self) -> Result<(), CodecError> {
-        if self.bytes.is_empty() {
-            Ok(())
-        } else {
-            Err(CodecError::Trailing(self.bytes.len()))
-        }
+        if self.bytes.is_empty() { Ok(()) } else { Err(CodecError::Trailing(self.bytes.len())) }
     }
 }

@@ -6,11 +6,7 @@
 /// If what was accepted does not encode to the same bytes: a defect.
 pub fn message(data: &[u8]) {
     if let Ok(message) = crate::Message::decode(data) {
-        assert_eq!(
-            message.encode().as_ref(),
-            data,
-            "an accepted message encodes to itself"
-        );
+        assert_eq!(message.encode().as_ref(), data, "an accepted message encodes to itself");
     }
     if let Ok(state) = crate::GroupState::decode(data) {
         assert_eq!(state.encode(), data, "an accepted state encodes to itself");

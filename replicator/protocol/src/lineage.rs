@@ -159,12 +159,7 @@ impl GroupState {
 
     fn first_epoch(role: Role, origin: SiteId) -> Self {
         let epoch = Epoch(1);
-        let at = Position {
-            epoch: Epoch(0),
-            origin,
-            incarnation: Incarnation(0),
-            sequence: Sequence(0),
-        };
+        let at = Position { epoch: Epoch(0), origin, incarnation: Incarnation(0), sequence: Sequence(0) };
         Self {
             role,
             epoch,
@@ -197,11 +192,7 @@ impl GroupState {
     pub fn promoted(&self, site: SiteId, tip: Position) -> Self {
         let epoch = self.epoch.next();
         let mut forks = self.forks.clone();
-        forks.push(Fork {
-            epoch,
-            origin: site,
-            at: tip,
-        });
+        forks.push(Fork { epoch, origin: site, at: tip });
         let excess = forks.len().saturating_sub(FORKS_MAX);
         forks.drain(..excess);
         Self {
@@ -217,18 +208,14 @@ impl GroupState {
     }
 
     /// The state of a primary that heard of a higher epoch by a refusal.
+    ///
+    /// # Panics
+    /// If the epoch is not higher.
     pub fn fenced(&self, epoch: Epoch, origin: SiteId, fork: Position) -> Self {
         assert!(epoch > self.epoch, "only a higher epoch fences");
         let mut forks = self.forks.clone();
-        forks.push(Fork {
-            epoch,
-            origin,
-            at: fork,
-        });
-        Self {
-            forks,
-            ..self.heard(epoch, origin)
-        }
+        forks.push(Fork { epoch, origin, at: fork });
+        Self { forks, ..self.heard(epoch, origin) }
     }
 
     fn heard(&self, epoch: Epoch, origin: SiteId) -> Self {
@@ -301,11 +288,7 @@ impl GroupState {
         let theirs = tip.position;
         if target_diverged {
             let known = theirs.epoch <= self.epoch;
-            return if known {
-                ResumePlan::Diverged
-            } else {
-                ResumePlan::Unrelated
-            };
+            return if known { ResumePlan::Diverged } else { ResumePlan::Unrelated };
         }
         if theirs.same_lineage(&position) {
             return if theirs.sequence <= position.sequence {
@@ -316,11 +299,7 @@ impl GroupState {
         }
         if theirs.epoch == self.epoch {
             let older = theirs.origin == self.origin && theirs.incarnation < position.incarnation;
-            return if older {
-                ResumePlan::Ancestor
-            } else {
-                ResumePlan::Unrelated
-            };
+            return if older { ResumePlan::Ancestor } else { ResumePlan::Unrelated };
         }
         match self.forks.iter().find(|fork| fork.epoch > theirs.epoch) {
             Some(fork)
@@ -343,12 +322,7 @@ impl GroupState {
         out.raw(&self.origin.to_bytes());
         out.u64(self.incarnation.0);
         encode_forks(&mut out, &self.forks);
-        for flag in [
-            self.stopped,
-            self.consistent,
-            self.diverged,
-            self.overwrite_approved,
-        ] {
+        for flag in [self.stopped, self.consistent, self.diverged, self.overwrite_approved] {
             out.bool(flag);
         }
         out.finish()
@@ -362,16 +336,9 @@ impl GroupState {
         let mut input = Reader::new(bytes);
         let version = input.u16()?;
         if version != STATE_VERSION {
-            return Err(CodecError::Unknown {
-                field: "group state version",
-                value: u64::from(version),
-            });
+            return Err(CodecError::Unknown { field: "group state version", value: u64::from(version) });
         }
-        let role = if input.bool("role")? {
-            Role::Primary
-        } else {
-            Role::Secondary
-        };
+        let role = if input.bool("role")? { Role::Primary } else { Role::Secondary };
         let state = Self {
             role,
             epoch: Epoch(input.u64()?),
@@ -410,27 +377,18 @@ mod tests {
     }
 
     fn tip(position: Position) -> Tip {
-        Tip {
-            position,
-            chain: ChainHash([1; 32]),
-        }
+        Tip { position, chain: ChainHash([1; 32]) }
     }
 
     #[test]
     fn a_stale_primary_is_refused_and_fences_itself_as_diverged() {
-        let east = GroupState {
-            incarnation: Incarnation(1),
-            ..GroupState::new_primary(EAST)
-        };
+        let east = GroupState { incarnation: Incarnation(1), ..GroupState::new_primary(EAST) };
         let west = GroupState::new_secondary(EAST);
         let at = east.start_position().at(Sequence(10));
         let west = west.promoted(WEST, at);
         assert!(matches!(
             west.judge_hello(&hello(&east, 12), at),
-            HelloVerdict::Refuse(Refusal {
-                code: RefusalCode::StaleEpoch,
-                ..
-            })
+            HelloVerdict::Refuse(Refusal { code: RefusalCode::StaleEpoch, .. })
         ));
         let fenced = east.fenced(west.epoch, west.origin, west.fork());
         assert!(fenced.diverged && fenced.role == Role::Secondary && fenced.epoch == Epoch(2));
@@ -439,24 +397,15 @@ mod tests {
 
     #[test]
     fn a_higher_epoch_is_adopted_before_the_session_opens() {
-        let east = GroupState {
-            incarnation: Incarnation(1),
-            ..GroupState::new_primary(EAST)
-        };
+        let east = GroupState { incarnation: Incarnation(1), ..GroupState::new_primary(EAST) };
         let at = east.start_position().at(Sequence(10));
         let west = GroupState::new_secondary(EAST).promoted(WEST, at);
         let HelloVerdict::Adopt(state) = east.judge_hello(&hello(&west, 3), at) else {
             panic!("not adopted")
         };
-        assert!(
-            state.diverged,
-            "a primary may hold writes that the new one never had"
-        );
+        assert!(state.diverged, "a primary may hold writes that the new one never had");
         let third = SiteId::from_bytes([3; 16]);
-        let secondary = GroupState {
-            consistent: true,
-            ..GroupState::new_secondary(EAST)
-        };
+        let secondary = GroupState { consistent: true, ..GroupState::new_secondary(EAST) };
         let other = GroupState::new_secondary(EAST).promoted(third, at);
         let HelloVerdict::Adopt(state) = secondary.judge_hello(&hello(&other, 3), at) else {
             panic!("not adopted")
@@ -476,57 +425,28 @@ mod tests {
         let east = GroupState::new_primary(EAST).promoted(EAST, at);
         assert!(matches!(
             east.judge_hello(&hello(&west, 1), at),
-            HelloVerdict::Refuse(Refusal {
-                code: RefusalCode::Fork,
-                ..
-            })
+            HelloVerdict::Refuse(Refusal { code: RefusalCode::Fork, .. })
         ));
     }
 
     #[test]
     fn tips_are_judged_by_the_history() {
-        let mut east = GroupState {
-            incarnation: Incarnation(2),
-            ..GroupState::new_primary(EAST)
-        };
+        let mut east = GroupState { incarnation: Incarnation(2), ..GroupState::new_primary(EAST) };
         let now = east.start_position().at(Sequence(50));
-        assert_eq!(
-            east.judge_tip(now, &tip(now.at(Sequence(50))), false),
-            ResumePlan::SameIncarnation
-        );
-        assert_eq!(
-            east.judge_tip(now, &tip(now.at(Sequence(51))), false),
-            ResumePlan::Unrelated
-        );
-        let older = Position {
-            incarnation: Incarnation(1),
-            sequence: Sequence(900),
-            ..now
-        };
+        assert_eq!(east.judge_tip(now, &tip(now.at(Sequence(50))), false), ResumePlan::SameIncarnation);
+        assert_eq!(east.judge_tip(now, &tip(now.at(Sequence(51))), false), ResumePlan::Unrelated);
+        let older = Position { incarnation: Incarnation(1), sequence: Sequence(900), ..now };
         assert_eq!(east.judge_tip(now, &tip(older), false), ResumePlan::Ancestor);
         assert_eq!(
-            east.judge_tip(
-                now,
-                &tip(Position {
-                    origin: WEST,
-                    ..older
-                }),
-                false
-            ),
+            east.judge_tip(now, &tip(Position { origin: WEST, ..older }), false),
             ResumePlan::Unrelated
         );
         let fork = now.at(Sequence(40));
         east = east.promoted(WEST, fork);
         let now = east.start_position();
         assert_eq!(east.judge_tip(now, &tip(fork), false), ResumePlan::Ancestor);
-        assert_eq!(
-            east.judge_tip(now, &tip(fork.at(Sequence(41))), false),
-            ResumePlan::Unrelated
-        );
-        assert_eq!(
-            east.judge_tip(now, &tip(fork.at(Sequence(41))), true),
-            ResumePlan::Diverged
-        );
+        assert_eq!(east.judge_tip(now, &tip(fork.at(Sequence(41))), false), ResumePlan::Unrelated);
+        assert_eq!(east.judge_tip(now, &tip(fork.at(Sequence(41))), true), ResumePlan::Diverged);
     }
 
     #[test]

@@ -231,6 +231,9 @@ const PONG: u8 = 21;
 
 impl Message {
     /// The frame's bytes.
+    ///
+    /// # Panics
+    /// If the message is longer than [`MESSAGE_BYTES_MAX`]: its maker keeps its lists short.
     pub fn encode(&self) -> Bytes {
         let mut out = Writer::default();
         match self {
@@ -309,10 +312,7 @@ impl Message {
                 clock: input.wall_time()?,
             }),
             ABORT_PASS => Self::AbortPass { pass: input.u64()? },
-            PASS_REFUSED => Self::PassRefused {
-                pass: input.u64()?,
-                missing: ByteCount(input.u64()?),
-            },
+            PASS_REFUSED => Self::PassRefused { pass: input.u64()?, missing: ByteCount(input.u64()?) },
             HASH_REQUEST => {
                 let id = input.u64()?;
                 let CompareRange { volume, range } = compare_range(&mut input)?;
@@ -321,15 +321,10 @@ impl Message {
             HASH_REPLY => {
                 let id = input.u64()?;
                 let count = input.count("hashes", HASHES_MAX)?;
-                let hashes = (0..count)
-                    .map(|_| input.array::<HASH_BYTES>())
-                    .collect::<Result<_, _>>()?;
+                let hashes = (0..count).map(|_| input.array::<HASH_BYTES>()).collect::<Result<_, _>>()?;
                 Self::HashReply(HashReply { id, hashes })
             }
-            ORPHANS => Self::Orphans {
-                bytes: ByteCount(input.u64()?),
-                waiting: input.bool("waiting")?,
-            },
+            ORPHANS => Self::Orphans { bytes: ByteCount(input.u64()?), waiting: input.bool("waiting")? },
             CREATE_MIRROR => Self::CreateMirror(decode_create(&mut input)?),
             CREATED => Self::Created { site: input.site()? },
             DELETE_MIRROR => Self::DeleteMirror {
@@ -338,15 +333,9 @@ impl Message {
             },
             DELETED => Self::Deleted,
             PING => Self::Ping,
-            PONG => Self::Pong {
-                site: input.site()?,
-                name: input.text("name", NAME_BYTES_MAX)?,
-            },
+            PONG => Self::Pong { site: input.site()?, name: input.text("name", NAME_BYTES_MAX)? },
             value => {
-                return Err(CodecError::Unknown {
-                    field: "message",
-                    value: u64::from(value),
-                });
+                return Err(CodecError::Unknown { field: "message", value: u64::from(value) });
             }
         };
         input.finish()?;
@@ -364,10 +353,7 @@ fn compare_range(input: &mut Reader<'_>) -> Result<CompareRange, CodecError> {
     let volume = VolumeIndex(input.u16()?);
     let (offset, length) = (input.u64()?, input.u64()?);
     let range = ByteRange::new(offset, length).filter(|range| range.is_unit_aligned());
-    let range = range.ok_or(CodecError::Unknown {
-        field: "range",
-        value: offset,
-    })?;
+    let range = range.ok_or(CodecError::Unknown { field: "range", value: offset })?;
     Ok(CompareRange { volume, range })
 }
 
@@ -383,11 +369,7 @@ pub(crate) fn encode_forks(out: &mut Writer, forks: &[Fork]) {
 pub(crate) fn decode_forks(input: &mut Reader<'_>) -> Result<Vec<Fork>, CodecError> {
     let count = input.count("forks", FORKS_MAX)?;
     let fork = |input: &mut Reader<'_>| {
-        Ok(Fork {
-            epoch: Epoch(input.u64()?),
-            origin: input.site()?,
-            at: input.position()?,
-        })
+        Ok(Fork { epoch: Epoch(input.u64()?), origin: input.site()?, at: input.position()? })
     };
     (0..count).map(|_| fork(input)).collect()
 }
@@ -409,10 +391,7 @@ fn encode_hello(out: &mut Writer, hello: &Hello) {
 fn decode_hello(input: &mut Reader<'_>) -> Result<Hello, CodecError> {
     let version = input.u16()?;
     if version != PROTOCOL_VERSION {
-        return Err(CodecError::Unknown {
-            field: "version",
-            value: u64::from(version),
-        });
+        return Err(CodecError::Unknown { field: "version", value: u64::from(version) });
     }
     let mirror = MirrorId::from_bytes(input.array()?);
     let position = input.position()?;
@@ -420,14 +399,7 @@ fn decode_hello(input: &mut Reader<'_>) -> Result<Hello, CodecError> {
     let count = input.count("volumes", VOLUMES_MAX)?;
     let volume = |input: &mut Reader<'_>| Ok((VolumeId::from_bytes(input.array()?), ByteCount(input.u64()?)));
     let volumes = (0..count).map(|_| volume(input)).collect::<Result<_, _>>()?;
-    Ok(Hello {
-        version,
-        mirror,
-        position,
-        forks,
-        volumes,
-        echo: input.wall_time()?,
-    })
+    Ok(Hello { version, mirror, position, forks, volumes, echo: input.wall_time()? })
 }
 
 fn encode_welcome(out: &mut Writer, welcome: &Welcome) {
@@ -441,41 +413,21 @@ fn encode_welcome(out: &mut Writer, welcome: &Welcome) {
     out.bool(welcome.consistent);
     out.bool(welcome.diverged);
     out.u64(welcome.age_bound_ms.unwrap_or(u64::MAX));
-    assert!(
-        welcome.compare.len() <= RANGES_MAX,
-        "compare ranges are merged before they are sent"
-    );
+    assert!(welcome.compare.len() <= RANGES_MAX, "compare ranges are merged before they are sent");
     out.count(welcome.compare.len());
-    welcome
-        .compare
-        .iter()
-        .for_each(|entry| range(out, entry.volume, entry.range));
+    welcome.compare.iter().for_each(|entry| range(out, entry.volume, entry.range));
     out.u64(welcome.clock.0);
 }
 
 fn decode_welcome(input: &mut Reader<'_>) -> Result<Welcome, CodecError> {
     let tip = input.tip()?;
-    let staged = if input.bool("staged")? {
-        Some((input.u64()?, input.tip()?))
-    } else {
-        None
-    };
+    let staged = if input.bool("staged")? { Some((input.u64()?, input.tip()?)) } else { None };
     let consistent = input.bool("consistent")?;
     let diverged = input.bool("diverged")?;
     let age_bound_ms = Some(input.u64()?).filter(|age| *age != u64::MAX);
     let count = input.count("compare", RANGES_MAX)?;
-    let compare = (0..count)
-        .map(|_| compare_range(input))
-        .collect::<Result<_, _>>()?;
-    Ok(Welcome {
-        tip,
-        staged,
-        consistent,
-        diverged,
-        age_bound_ms,
-        compare,
-        clock: input.wall_time()?,
-    })
+    let compare = (0..count).map(|_| compare_range(input)).collect::<Result<_, _>>()?;
+    Ok(Welcome { tip, staged, consistent, diverged, age_bound_ms, compare, clock: input.wall_time()? })
 }
 
 fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
@@ -495,10 +447,8 @@ fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
 fn decode_refuse(input: &mut Reader<'_>) -> Result<Refuse, CodecError> {
     let code = input.u8()?;
     Ok(Refuse {
-        code: RefusalCode::from_byte(code).ok_or(CodecError::Unknown {
-            field: "code",
-            value: u64::from(code),
-        })?,
+        code: RefusalCode::from_byte(code)
+            .ok_or(CodecError::Unknown { field: "code", value: u64::from(code) })?,
         epoch: Epoch(input.u64()?),
         origin: input.site()?,
         fork: input.position()?,
@@ -529,10 +479,7 @@ fn encode_create(out: &mut Writer, create: &CreateMirror) {
 fn decode_create(input: &mut Reader<'_>) -> Result<CreateMirror, CodecError> {
     let version = input.u16()?;
     if version != PROTOCOL_VERSION {
-        return Err(CodecError::Unknown {
-            field: "version",
-            value: u64::from(version),
-        });
+        return Err(CodecError::Unknown { field: "version", value: u64::from(version) });
     }
     let mirror = MirrorId::from_bytes(input.array()?);
     let name = input.text("name", NAME_BYTES_MAX)?;
@@ -540,17 +487,8 @@ fn decode_create(input: &mut Reader<'_>) -> Result<CreateMirror, CodecError> {
     let rpo_seconds = input.u64()?;
     let key_fingerprint = input.text("key fingerprint", NAME_BYTES_MAX)?;
     let count = input.count("volumes", VOLUMES_MAX)?;
-    let volumes = (0..count)
-        .map(|_| decode_volume(input))
-        .collect::<Result<_, _>>()?;
-    Ok(CreateMirror {
-        mirror,
-        name,
-        origin,
-        rpo_seconds,
-        key_fingerprint,
-        volumes,
-    })
+    let volumes = (0..count).map(|_| decode_volume(input)).collect::<Result<_, _>>()?;
+    Ok(CreateMirror { mirror, name, origin, rpo_seconds, key_fingerprint, volumes })
 }
 
 fn decode_volume(input: &mut Reader<'_>) -> Result<MirrorVolume, CodecError> {
@@ -561,21 +499,11 @@ fn decode_volume(input: &mut Reader<'_>) -> Result<MirrorVolume, CodecError> {
     let has_iops = input.bool("iops")?;
     let value = input.u32()?;
     if !has_iops && value != 0 {
-        return Err(CodecError::Unknown {
-            field: "iops",
-            value: u64::from(value),
-        });
+        return Err(CodecError::Unknown { field: "iops", value: u64::from(value) });
     }
     let iops = has_iops.then_some(value);
     let wrapped_key = input.counted("wrapped key", KEY_BYTES_MAX)?;
-    Ok(MirrorVolume {
-        id,
-        name,
-        size,
-        class,
-        iops,
-        wrapped_key,
-    })
+    Ok(MirrorVolume { id, name, size, class, iops, wrapped_key })
 }
 
 #[cfg(test)]
@@ -592,10 +520,7 @@ mod tests {
             incarnation: Incarnation(2),
             sequence: Sequence(99),
         };
-        let tip = Tip {
-            position,
-            chain: block::ChainHash([9; 32]),
-        };
+        let tip = Tip { position, chain: block::ChainHash([9; 32]) };
         let range = ByteRange::new(4096, 8192).unwrap();
         let volume = MirrorVolume {
             id: VolumeId::from_bytes([1; 16]),
@@ -610,11 +535,7 @@ mod tests {
                 version: PROTOCOL_VERSION,
                 mirror: MirrorId::from_bytes([2; 16]),
                 position,
-                forks: vec![Fork {
-                    epoch: Epoch(3),
-                    origin: position.origin,
-                    at: position,
-                }],
+                forks: vec![Fork { epoch: Epoch(3), origin: position.origin, at: position }],
                 volumes: vec![(volume.id, volume.size)],
                 echo: WallTime(5),
             }),
@@ -624,10 +545,7 @@ mod tests {
                 consistent: true,
                 diverged: true,
                 age_bound_ms: Some(10),
-                compare: vec![CompareRange {
-                    volume: VolumeIndex(0),
-                    range,
-                }],
+                compare: vec![CompareRange { volume: VolumeIndex(0), range }],
                 clock: WallTime(77),
             }),
             Message::Refuse(Refuse {
@@ -637,30 +555,12 @@ mod tests {
                 fork: position,
                 text: "old".into(),
             }),
-            Message::Ack(Ack {
-                tip,
-                staged: false,
-                applied: Sequence(98),
-                clock: WallTime(1),
-            }),
+            Message::Ack(Ack { tip, staged: false, applied: Sequence(98), clock: WallTime(1) }),
             Message::AbortPass { pass: 9 },
-            Message::PassRefused {
-                pass: 9,
-                missing: ByteCount(4096),
-            },
-            Message::HashRequest(HashRequest {
-                id: 1,
-                volume: VolumeIndex(3),
-                range,
-            }),
-            Message::HashReply(HashReply {
-                id: 1,
-                hashes: vec![[1; 32], [2; 32]],
-            }),
-            Message::Orphans {
-                bytes: ByteCount(8192),
-                waiting: true,
-            },
+            Message::PassRefused { pass: 9, missing: ByteCount(4096) },
+            Message::HashRequest(HashRequest { id: 1, volume: VolumeIndex(3), range }),
+            Message::HashReply(HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
+            Message::Orphans { bytes: ByteCount(8192), waiting: true },
             Message::CreateMirror(CreateMirror {
                 mirror: MirrorId::from_bytes([2; 16]),
                 name: "m".into(),
@@ -669,19 +569,11 @@ mod tests {
                 key_fingerprint: "00ff".into(),
                 volumes: vec![volume],
             }),
-            Message::Created {
-                site: position.origin,
-            },
-            Message::DeleteMirror {
-                mirror: MirrorId::from_bytes([2; 16]),
-                epoch: Epoch(1),
-            },
+            Message::Created { site: position.origin },
+            Message::DeleteMirror { mirror: MirrorId::from_bytes([2; 16]), epoch: Epoch(1) },
             Message::Deleted,
             Message::Ping,
-            Message::Pong {
-                site: position.origin,
-                name: "east".into(),
-            },
+            Message::Pong { site: position.origin, name: "east".into() },
         ]
     }
 
@@ -691,10 +583,7 @@ mod tests {
             let bytes = message.encode();
             assert_eq!(Message::decode(&bytes).unwrap(), message);
             for length in 0..bytes.len() {
-                assert!(
-                    Message::decode(&bytes[..length]).is_err(),
-                    "{message:?} cut to {length}"
-                );
+                assert!(Message::decode(&bytes[..length]).is_err(), "{message:?} cut to {length}");
             }
             let mut longer = bytes.to_vec();
             longer.push(0);

@@ -91,11 +91,8 @@ impl ReceiverChain {
                 expected: last.position,
             });
         }
-        let expected = if last.position.same_lineage(&position) {
-            last.position.sequence.next()
-        } else {
-            Sequence(1)
-        };
+        let expected =
+            if last.position.same_lineage(&position) { last.position.sequence.next() } else { Sequence(1) };
         let backwards = position.order(&last.position).is_lt();
         if arrival.first != expected || position.sequence.next() < arrival.first || backwards {
             return Err(ArrivalError::Sequence(position));
@@ -135,51 +132,27 @@ mod tests {
             sequence: Sequence(sequence),
             ..Position::default()
         };
-        Tip {
-            position,
-            chain: ChainHash([u8::try_from(sequence).unwrap(); 32]),
-        }
+        Tip { position, chain: ChainHash([u8::try_from(sequence).unwrap(); 32]) }
     }
 
     fn cut(previous: Tip, end: Tip, commit: bool, pass: u64) -> Arrival {
         let same = previous.position.same_lineage(&end.position);
-        let first = if same {
-            previous.position.sequence.next()
-        } else {
-            Sequence(1)
-        };
-        Arrival {
-            tip: end,
-            previous,
-            first,
-            commit,
-            pass,
-        }
+        let first = if same { previous.position.sequence.next() } else { Sequence(1) };
+        Arrival { tip: end, previous, first, commit, pass }
     }
 
     #[test]
     fn cuts_follow_one_another_and_gaps_are_refused() {
         let lineage = tip(1, 0).position;
         let mut chain = ReceiverChain::new(tip(1, 0), None);
-        chain
-            .accept(&cut(tip(1, 0), tip(1, 4), true, 0), &lineage)
-            .unwrap();
+        chain.accept(&cut(tip(1, 0), tip(1, 4), true, 0), &lineage).unwrap();
         assert!(matches!(
             chain.accept(&cut(tip(1, 6), tip(1, 9), true, 0), &lineage),
             Err(ArrivalError::Gap { .. })
         ));
         assert!(chain.is_repeat(&cut(tip(1, 0), tip(1, 4), true, 0)));
-        let heartbeat = Arrival {
-            first: Sequence(5),
-            ..cut(tip(1, 4), tip(1, 4), true, 0)
-        };
-        let heartbeat = Arrival {
-            tip: Tip {
-                chain: ChainHash([77; 32]),
-                ..heartbeat.tip
-            },
-            ..heartbeat
-        };
+        let heartbeat = Arrival { first: Sequence(5), ..cut(tip(1, 4), tip(1, 4), true, 0) };
+        let heartbeat = Arrival { tip: Tip { chain: ChainHash([77; 32]), ..heartbeat.tip }, ..heartbeat };
         chain.accept(&heartbeat, &lineage).unwrap();
         assert_eq!(chain.durable(), heartbeat.tip);
     }
@@ -192,23 +165,12 @@ mod tests {
             chain.accept(&cut(tip(1, 50), tip(2, 3), false, 0), &lineage),
             Err(ArrivalError::Pass(_))
         ));
-        chain
-            .accept(&cut(tip(1, 50), tip(2, 3), false, 1), &lineage)
-            .unwrap();
+        chain.accept(&cut(tip(1, 50), tip(2, 3), false, 1), &lineage).unwrap();
         assert_eq!(chain.durable(), tip(1, 50));
-        assert!(
-            chain
-                .accept(&cut(tip(2, 3), tip(2, 5), true, 0), &lineage)
-                .is_err(),
-            "of another pass"
-        );
+        assert!(chain.accept(&cut(tip(2, 3), tip(2, 5), true, 0), &lineage).is_err(), "of another pass");
         assert!(chain.abort_pass());
-        chain
-            .accept(&cut(tip(1, 50), tip(2, 3), false, 4), &lineage)
-            .unwrap();
-        chain
-            .accept(&cut(tip(2, 3), tip(2, 8), true, 4), &lineage)
-            .unwrap();
+        chain.accept(&cut(tip(1, 50), tip(2, 3), false, 4), &lineage).unwrap();
+        chain.accept(&cut(tip(2, 3), tip(2, 8), true, 4), &lineage).unwrap();
         assert_eq!((chain.durable(), chain.staged()), (tip(2, 8), None));
     }
 

@@ -34,6 +34,9 @@ pub struct RpoTracker {
 
 impl RpoTracker {
     /// Notes that a write took `sequence`. Sequences must come in increasing order.
+    ///
+    /// # Panics
+    /// If they do not.
     pub fn assigned(&mut self, sequence: Sequence, now: Monotonic) {
         if let Some(bucket) = self.buckets.back_mut() {
             assert!(bucket.last < sequence, "sequences are assigned in order");
@@ -47,12 +50,7 @@ impl RpoTracker {
         if self.buckets.len() >= BUCKETS_MAX {
             self.merge_neighbours();
         }
-        self.buckets.push_back(Bucket {
-            first: sequence,
-            last: sequence,
-            opened: now,
-            oldest_ack: None,
-        });
+        self.buckets.push_back(Bucket { first: sequence, last: sequence, opened: now, oldest_ack: None });
     }
 
     /// Notes that the host was told of the success of the write with `sequence`.

@@ -32,11 +32,7 @@ pub struct SenderChain {
 impl SenderChain {
     /// A chain that continues from what the target holds.
     pub const fn new(committed: Tip) -> Self {
-        Self {
-            committed,
-            stored: committed,
-            sent: VecDeque::new(),
-        }
+        Self { committed, stored: committed, sent: VecDeque::new() }
     }
 
     /// The last cut that the target acknowledged as committed.
@@ -64,10 +60,7 @@ impl SenderChain {
     pub fn acknowledged(&mut self, tip: &Tip, staged: bool) -> Option<AckOutcome> {
         if *tip == self.stored {
             let committed = (!staged && *tip == self.committed).then_some(*tip);
-            return Some(AckOutcome {
-                stored_through: tip.position.sequence,
-                committed,
-            });
+            return Some(AckOutcome { stored_through: tip.position.sequence, committed });
         }
         let index = self.sent.iter().position(|cut| cut.tip == *tip)?;
         let cut = *self.sent.get(index)?;
@@ -79,10 +72,7 @@ impl SenderChain {
         if cut.commit {
             self.committed = *tip;
         }
-        Some(AckOutcome {
-            stored_through: tip.position.sequence,
-            committed: cut.commit.then_some(*tip),
-        })
+        Some(AckOutcome { stored_through: tip.position.sequence, committed: cut.commit.then_some(*tip) })
     }
 
     /// Continues a session after a reconnect: the target's committed tip, and its staged one if the pass goes on.
@@ -108,14 +98,8 @@ mod tests {
     use super::*;
 
     fn tip(sequence: u64) -> Tip {
-        let position = Position {
-            sequence: Sequence(sequence),
-            ..Position::default()
-        };
-        Tip {
-            position,
-            chain: ChainHash([u8::try_from(sequence).unwrap(); 32]),
-        }
+        let position = Position { sequence: Sequence(sequence), ..Position::default() };
+        Tip { position, chain: ChainHash([u8::try_from(sequence).unwrap(); 32]) }
     }
 
     #[test]
@@ -126,22 +110,10 @@ mod tests {
         }
         assert_eq!(chain.last(), tip(12));
         let outcome = chain.acknowledged(&tip(9), false).unwrap();
-        assert_eq!(
-            outcome,
-            AckOutcome {
-                stored_through: Sequence(9),
-                committed: Some(tip(9))
-            }
-        );
+        assert_eq!(outcome, AckOutcome { stored_through: Sequence(9), committed: Some(tip(9)) });
         assert_eq!(chain.outstanding(), 1);
-        assert!(
-            chain.acknowledged(&tip(5), false).is_none(),
-            "older than what was released"
-        );
-        assert!(
-            chain.acknowledged(&tip(9), false).is_some(),
-            "a repeat is harmless"
-        );
+        assert!(chain.acknowledged(&tip(5), false).is_none(), "older than what was released");
+        assert!(chain.acknowledged(&tip(9), false).is_some(), "a repeat is harmless");
     }
 
     #[test]
@@ -151,14 +123,8 @@ mod tests {
         chain.sent(tip(9), true);
         assert_eq!(chain.acknowledged(&tip(5), true).unwrap().committed, None);
         assert_eq!(chain.committed(), tip(0));
-        assert!(
-            chain.acknowledged(&tip(9), true).is_none(),
-            "a commit cut cannot be acknowledged as staged"
-        );
-        assert_eq!(
-            chain.acknowledged(&tip(9), false).unwrap().committed,
-            Some(tip(9))
-        );
+        assert!(chain.acknowledged(&tip(9), true).is_none(), "a commit cut cannot be acknowledged as staged");
+        assert_eq!(chain.acknowledged(&tip(9), false).unwrap().committed, Some(tip(9)));
     }
 
     #[test]
@@ -167,10 +133,7 @@ mod tests {
         chain.sent(tip(5), true);
         chain.sent(tip(7), false);
         assert!(!chain.clone().resume(&tip(6), None));
-        assert!(
-            !chain.clone().resume(&tip(7), None),
-            "a staged cut is no durable tip"
-        );
+        assert!(!chain.clone().resume(&tip(7), None), "a staged cut is no durable tip");
         assert!(!chain.clone().resume(&tip(5), Some(&tip(8))));
         let mut continued = chain.clone();
         assert!(continued.resume(&tip(5), Some(&tip(7))));

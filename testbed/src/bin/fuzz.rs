@@ -1,11 +1,7 @@
 //! Fuzzes the decoders of outside bytes for some seconds each: `fuzz --seconds N --seed S [--target NAME]`.
 //!
 //! A panic prints the seed, saves the input and ends the run; `--input FILE --target NAME` tries a saved input again.
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "what it prints is its product"
-)]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "what it prints is its product")]
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -42,12 +38,7 @@ fn main() -> Result<()> {
             continue;
         }
         report_panics(target.name, arguments.seed);
-        let tried = fuzz(
-            target,
-            arguments.seed,
-            Duration::from_secs(arguments.seconds),
-            u64::MAX,
-        );
+        let tried = fuzz(target, arguments.seed, Duration::from_secs(arguments.seconds), u64::MAX);
         println!("{:<20} {tried} inputs from seed {}", target.name, arguments.seed);
     }
     let names: Vec<_> = TARGETS.iter().map(|target| target.name).collect();
@@ -62,10 +53,7 @@ fn report_panics(target: &'static str, seed: u64) {
         default(panic);
         let path = std::env::temp_dir().join(format!("fuzz-{target}-{seed}.bin"));
         let saved = std::fs::write(&path, current_input());
-        eprintln!(
-            "target {target}, seed {seed}: input in {} ({saved:?})",
-            path.display()
-        );
+        eprintln!("target {target}, seed {seed}: input in {} ({saved:?})", path.display());
         eprintln!("repeat: fuzz --target {target} --input {}", path.display());
     }));
 }

@@ -63,12 +63,7 @@ pub const TARGETS: &[Target] = &[
         seeds: seeds::segment_headers,
         repair: seeds::repair_page,
     },
-    Target {
-        name: "protocol-message",
-        entry: protocol::fuzz::message,
-        seeds: seeds::messages,
-        repair: keep,
-    },
+    Target { name: "protocol-message", entry: protocol::fuzz::message, seeds: seeds::messages, repair: keep },
 ];
 
 const fn keep(_input: &mut [u8]) {}
@@ -92,14 +87,9 @@ pub fn fuzz(target: &Target, seed: u64, duration: Duration, inputs_max: u64) -> 
     }
     let mut tried = u64::try_from(corpus.len()).unwrap_or(u64::MAX);
     while tried < inputs_max && begin.elapsed() < duration {
-        let mut input = corpus
-            .get(random.index(corpus.len()))
-            .cloned()
-            .unwrap_or_default();
+        let mut input = corpus.get(random.index(corpus.len())).cloned().unwrap_or_default();
         for _ in 0..=random.below(4) {
-            let other = corpus
-                .get(random.index(corpus.len()))
-                .map_or(&[][..], Vec::as_slice);
+            let other = corpus.get(random.index(corpus.len())).map_or(&[][..], Vec::as_slice);
             mutate(&mut input, other, &mut random);
         }
         if random.chance(500) {
@@ -153,12 +143,8 @@ mod tests {
 
     #[test]
     fn a_planted_defect_is_found() {
-        let target = Target {
-            name: "planted",
-            entry: defective,
-            seeds: || vec![b"F\x04abcd".to_vec()],
-            repair: keep,
-        };
+        let target =
+            Target { name: "planted", entry: defective, seeds: || vec![b"F\x04abcd".to_vec()], repair: keep };
         let found = std::panic::catch_unwind(|| fuzz(&target, 7, Duration::from_secs(60), 100_000));
         assert!(found.is_err(), "100,000 inputs do not find the defect");
     }

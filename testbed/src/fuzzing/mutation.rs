@@ -60,10 +60,7 @@ fn flip_bit(input: &mut [u8], random: &mut Random) {
 fn number(input: &mut [u8], random: &mut Random) {
     let width = 1 << random.below(4);
     let at = random.index(input.len());
-    let mut value = INTERESTING
-        .get(random.index(INTERESTING.len()))
-        .copied()
-        .unwrap_or(0);
+    let mut value = INTERESTING.get(random.index(INTERESTING.len())).copied().unwrap_or(0);
     if random.chance(300) {
         value = value.wrapping_add(random.below(9)).wrapping_sub(4);
     }

@@ -24,13 +24,7 @@ pub(super) fn handshake() -> Vec<Vec<u8>> {
             &option(7, &go_with_block_size),
         ]
         .concat(),
-        [
-            &client_flags(3)[..],
-            &option(10, b"\0\0\0\0"),
-            &option(11, &[]),
-            &option(2, &[]),
-        ]
-        .concat(),
+        [&client_flags(3)[..], &option(10, b"\0\0\0\0"), &option(11, &[]), &option(2, &[])].concat(),
         [&client_flags(0)[..], &option(1, b"disk")].concat(),
     ]
 }
@@ -42,13 +36,7 @@ fn client_flags(flags: u32) -> Vec<u8> {
 
 fn option(number: u32, data: &[u8]) -> Vec<u8> {
     let length = u32::try_from(data.len()).unwrap_or(0);
-    [
-        b"IHAVEOPT",
-        &number.to_be_bytes()[..],
-        &length.to_be_bytes(),
-        data,
-    ]
-    .concat()
+    [b"IHAVEOPT", &number.to_be_bytes()[..], &length.to_be_bytes(), data].concat()
 }
 
 /// A client's half of some transmissions; the first byte chooses export, reply style and pieces.
@@ -56,32 +44,12 @@ pub(super) fn transmission() -> Vec<Vec<u8>> {
     let payload = [0x5a; 1024];
     let streams = [
         [&request(0, 0, 0, 4096)[..], &request(0, 4, 8192, 65536)].concat(),
-        [
-            &request(1, 1, 4096, 1024)[..],
-            &payload,
-            &request(3, 0, 0, 0),
-            &request(2, 0, 0, 0),
-        ]
-        .concat(),
-        [
-            &request(4, 0, 0, 1 << 20)[..],
-            &request(6, 2, 512, 1 << 20),
-            &request(6, 1, 0, 4096),
-        ]
-        .concat(),
-        [
-            &request(1, 0, u64::MAX - 10, 16)[..],
-            &payload[..16],
-            &request(0, 0, 1 << 40, 1),
-        ]
-        .concat(),
+        [&request(1, 1, 4096, 1024)[..], &payload, &request(3, 0, 0, 0), &request(2, 0, 0, 0)].concat(),
+        [&request(4, 0, 0, 1 << 20)[..], &request(6, 2, 512, 1 << 20), &request(6, 1, 0, 4096)].concat(),
+        [&request(1, 0, u64::MAX - 10, 16)[..], &payload[..16], &request(0, 0, 1 << 40, 1)].concat(),
     ];
     let choices = [0b1_0000, 0b1_1110, 0b11_0010, 0b111_1101];
-    choices
-        .iter()
-        .zip(streams)
-        .map(|(choice, stream)| [&[*choice][..], &stream].concat())
-        .collect()
+    choices.iter().zip(streams).map(|(choice, stream)| [&[*choice][..], &stream].concat()).collect()
 }
 
 fn request(command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
@@ -100,18 +68,11 @@ fn request(command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
 const MIRROR: MirrorId = MirrorId::from_bytes([2; 16]);
 
 fn lineage() -> Lineage {
-    Lineage {
-        epoch: Epoch(3),
-        origin: SiteId::from_bytes([7; 16]),
-        incarnation: Incarnation(2),
-    }
+    Lineage { epoch: Epoch(3), origin: SiteId::from_bytes([7; 16]), incarnation: Incarnation(2) }
 }
 
 fn tip() -> Tip {
-    Tip {
-        position: lineage().at(Sequence(99)),
-        chain: ChainHash([9; 32]),
-    }
+    Tip { position: lineage().at(Sequence(99)), chain: ChainHash([9; 32]) }
 }
 
 fn record(sequence: u64, kind: RecordKind, range: Option<ByteRange>) -> Record {
@@ -140,19 +101,9 @@ pub(super) fn cuts() -> Vec<Vec<u8>> {
         commit: true,
         initial: false,
     };
-    let staged = CutMeta {
-        pass: 4,
-        commit: false,
-        ..ordinary
-    };
-    let initial = CutMeta {
-        initial: true,
-        ..ordinary
-    };
-    let heartbeat = CutMeta {
-        last: Sequence(99),
-        ..ordinary
-    };
+    let staged = CutMeta { pass: 4, commit: false, ..ordinary };
+    let initial = CutMeta { initial: true, ..ordinary };
+    let heartbeat = CutMeta { last: Sequence(99), ..ordinary };
     let unit = ByteRange::new(4096, 4096);
     let records = [
         record(100, RecordKind::Write, unit),
@@ -165,10 +116,7 @@ pub(super) fn cuts() -> Vec<Vec<u8>> {
         record(107, RecordKind::Marker, None),
         Record::void(Sequence(107), VolumeIndex(0)),
     ];
-    let copies = [
-        record(101, RecordKind::Copy, unit),
-        record(102, RecordKind::CopyZero, unit),
-    ];
+    let copies = [record(101, RecordKind::Copy, unit), record(102, RecordKind::CopyZero, unit)];
     let mut all = vec![
         encode_cut(&ordinary, &records),
         encode_cut(&staged, &copies),
@@ -183,10 +131,7 @@ pub(super) fn cuts() -> Vec<Vec<u8>> {
 fn encode_cut(meta: &CutMeta, records: &[Record]) -> Vec<u8> {
     let encoded = journal::encode(meta, records);
     let mut bytes = encoded.head.to_vec();
-    encoded
-        .payloads
-        .iter()
-        .for_each(|payload| bytes.extend_from_slice(payload));
+    encoded.payloads.iter().for_each(|payload| bytes.extend_from_slice(payload));
     bytes
 }
 
@@ -203,9 +148,7 @@ pub(super) fn repair_cut(input: &mut [u8]) {
     let Some(count) = number_at(input, CUT_RECORD_COUNT_AT) else {
         return;
     };
-    let Some(end) = count
-        .checked_mul(RECORD_BYTES)
-        .and_then(|bytes| bytes.checked_add(CUT_HEADER_BYTES))
+    let Some(end) = count.checked_mul(RECORD_BYTES).and_then(|bytes| bytes.checked_add(CUT_HEADER_BYTES))
     else {
         return;
     };
@@ -249,14 +192,8 @@ pub(super) fn checkpoints() -> Vec<Vec<u8>> {
         return Vec::new();
     };
     let first = Checkpoint::first(MIRROR, config, tip());
-    let cursor = Cursor {
-        segment_number: 3,
-        offset: 8192,
-    };
-    vec![
-        first.encode().to_vec(),
-        first.next(tip(), cursor).encode().to_vec(),
-    ]
+    let cursor = Cursor { segment_number: 3, offset: 8192 };
+    vec![first.encode().to_vec(), first.next(tip(), cursor).encode().to_vec()]
 }
 
 /// Segment headers.
@@ -266,10 +203,7 @@ pub(super) fn segment_headers() -> Vec<Vec<u8>> {
         number: 5,
         file_index: 1,
         segment_bytes: 64 << 20,
-        previous_end: Cursor {
-            segment_number: 4,
-            offset: 4096,
-        },
+        previous_end: Cursor { segment_number: 4, offset: 4096 },
         starts_after: tip(),
         first_chain: ChainHash([6; 32]),
     };
@@ -287,11 +221,7 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
         iops: Some(500),
         wrapped_key: vec![5; 72],
     };
-    let fork = protocol::Fork {
-        epoch: Epoch(3),
-        origin: position.origin,
-        at: position,
-    };
+    let fork = protocol::Fork { epoch: Epoch(3), origin: position.origin, at: position };
     let messages = [
         Message::Hello(protocol::Hello {
             version: PROTOCOL_VERSION,
@@ -301,16 +231,8 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
             volumes: vec![(volume.id, volume.size)],
             echo: WallTime(5),
         }),
-        Message::Ack(protocol::Ack {
-            tip: tip(),
-            staged: false,
-            applied: Sequence(98),
-            clock: WallTime(1),
-        }),
-        Message::HashReply(protocol::HashReply {
-            id: 1,
-            hashes: vec![[1; 32], [2; 32]],
-        }),
+        Message::Ack(protocol::Ack { tip: tip(), staged: false, applied: Sequence(98), clock: WallTime(1) }),
+        Message::HashReply(protocol::HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
         Message::CreateMirror(protocol::CreateMirror {
             mirror: MIRROR,
             name: "m".into(),

@@ -61,12 +61,7 @@ impl Background {
             .with_context(|| format!("cannot start `{line}`"))?;
         let stdout = child.stdout.take().map(collect);
         let stderr = child.stderr.take().map(collect);
-        Ok(Self {
-            command: line,
-            child,
-            stdout,
-            stderr,
-        })
+        Ok(Self { command: line, child, stdout, stderr })
     }
 
     /// True while the child runs.

@@ -22,19 +22,11 @@ impl Fio {
     /// A job on a volume; `numjobs`, `iodepth`, `rw` and the rest are options.
     pub fn new(export: &Export) -> Self {
         let uri = export.uri();
-        let mut options = vec![
-            "--name=job",
-            "--ioengine=nbd",
-            "--group_reporting",
-            "--output-format=json",
-        ];
+        let mut options = vec!["--name=job", "--ioengine=nbd", "--group_reporting", "--output-format=json"];
         options.push("--exitall_on_error=1");
         let mut options: Vec<_> = options.into_iter().map(str::to_owned).collect();
         options.push(format!("--uri={uri}"));
-        Self {
-            options,
-            timeout: Duration::from_secs(120),
-        }
+        Self { options, timeout: Duration::from_secs(120) }
     }
 
     /// Adds `--name=value`.
@@ -78,9 +70,7 @@ impl FioReport {
     /// If it is none, or counts errors.
     pub fn parse(printed: &str) -> Result<Self> {
         // fio prints notes before the report.
-        let begin = printed
-            .find('{')
-            .with_context(|| format!("no report from fio: {printed}"))?;
+        let begin = printed.find('{').with_context(|| format!("no report from fio: {printed}"))?;
         let report = printed.get(begin..).unwrap_or_default();
         let value: Value = serde_json::from_str(report).context("fio's report")?;
         let error = value.pointer("/jobs/0/error").and_then(Value::as_u64);
@@ -90,16 +80,12 @@ impl FioReport {
 
     /// Operations a second, `direction` being `read` or `write`.
     pub fn iops(&self, direction: &str) -> f64 {
-        self.field(direction, "iops")
-            .and_then(Value::as_f64)
-            .unwrap_or(0.0)
+        self.field(direction, "iops").and_then(Value::as_f64).unwrap_or(0.0)
     }
 
     /// Operations that ended.
     pub fn operations(&self, direction: &str) -> u64 {
-        self.field(direction, "total_ios")
-            .and_then(Value::as_u64)
-            .unwrap_or(0)
+        self.field(direction, "total_ios").and_then(Value::as_u64).unwrap_or(0)
     }
 
     /// The 99th percentile of the completion latency in microseconds.

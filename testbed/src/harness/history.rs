@@ -49,12 +49,7 @@ pub struct Resume {
 impl History {
     /// The empty history of a region of zeros.
     pub const fn new(writer: u64, sectors: usize) -> Self {
-        Self {
-            writer,
-            sectors,
-            entries: Vec::new(),
-            last_number: 0,
-        }
+        Self { writer, sectors, entries: Vec::new(), last_number: 0 }
     }
 
     /// The number of sectors of the region.
@@ -64,10 +59,7 @@ impl History {
 
     /// The number of writes acknowledged.
     pub fn acknowledged(&self) -> usize {
-        self.entries
-            .iter()
-            .filter(|entry| entry.acknowledged.is_some())
-            .count()
+        self.entries.iter().filter(|entry| entry.acknowledged.is_some()).count()
     }
 
     /// Enters a write of `count` sectors from `first` on and gives the bytes to write.
@@ -75,10 +67,7 @@ impl History {
     /// # Panics
     /// If the write is empty or leaves the region.
     pub fn submit(&mut self, first: usize, count: usize, tick: u64) -> Vec<u8> {
-        assert!(
-            count > 0 && first + count <= self.sectors,
-            "a write lies in its region"
-        );
+        assert!(count > 0 && first + count <= self.sectors, "a write lies in its region");
         self.last_number += 1;
         self.entries.push(Entry {
             number: self.last_number,
@@ -115,10 +104,7 @@ impl History {
     /// # Errors
     /// Names the first sector that is not.
     pub fn verify_prefix(&self, image: &[u8]) -> Result<Prefix> {
-        ensure!(
-            image.len() == self.sectors * SECTOR_LENGTH,
-            "the image has another size"
-        );
+        ensure!(image.len() == self.sectors * SECTOR_LENGTH, "the image has another size");
         let mut found = Vec::with_capacity(self.sectors);
         for (sector, bytes) in image.chunks(SECTOR_LENGTH).enumerate() {
             found.push(self.read_stamp(sector, bytes)?);
@@ -157,11 +143,7 @@ impl History {
     /// If an acknowledged write is missing.
     pub fn verify_acknowledged(&self, image: &[u8]) -> Result<Prefix> {
         let prefix = self.verify_prefix(image)?;
-        let last = self
-            .entries
-            .iter()
-            .rev()
-            .find(|entry| entry.acknowledged.is_some());
+        let last = self.entries.iter().rev().find(|entry| entry.acknowledged.is_some());
         // A later acknowledged write may have covered nothing that is left of it only if a newer one replaced it,
         // so the newest acknowledged write always shows.
         if let Some(entry) = last {
@@ -184,9 +166,7 @@ impl History {
     /// When the last write of the prefix was submitted; `None` if there is none.
     pub fn resume(&self, prefix: Prefix) -> Option<Resume> {
         let entry = self.entries.iter().find(|entry| entry.number == prefix.last)?;
-        Some(Resume {
-            submitted: entry.submitted,
-        })
+        Some(Resume { submitted: entry.submitted })
     }
 
     /// Checks that every write acknowledged before another writer's write was submitted is in the image, if that one

@@ -19,11 +19,7 @@ pub fn first_difference(left: &Path, right: &Path) -> Result<Option<u64>> {
     loop {
         let (one, other) = (chunk(&mut left)?, chunk(&mut right)?);
         if one != other {
-            let same = one
-                .iter()
-                .zip(&other)
-                .take_while(|(one, other)| one == other)
-                .count();
+            let same = one.iter().zip(&other).take_while(|(one, other)| one == other).count();
             return Ok(Some(offset + u64::try_from(same)?));
         }
         if one.is_empty() {
@@ -115,11 +111,7 @@ mod tests {
         bytes.extend_from_slice(b"marker");
         fs::write(folder.join("file"), &bytes).unwrap();
         assert_eq!(directory_contains(directory.path(), b"marker").unwrap().len(), 1);
-        assert!(
-            directory_contains(directory.path(), b"Marker")
-                .unwrap()
-                .is_empty()
-        );
+        assert!(directory_contains(directory.path(), b"Marker").unwrap().is_empty());
     }
 
     #[test]

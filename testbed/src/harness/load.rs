@@ -33,18 +33,12 @@ impl Load {
             random: Random::new(seed.wrapping_add(number)),
             history: History::new(number + 1, sectors),
         };
-        Self {
-            writers: (0..writers).map(writer).collect(),
-            clock: AtomicU64::new(0),
-        }
+        Self { writers: (0..writers).map(writer).collect(), clock: AtomicU64::new(0) }
     }
 
     /// How many writes were acknowledged in all.
     pub fn acknowledged(&self) -> usize {
-        self.writers
-            .iter()
-            .map(|writer| writer.history.acknowledged())
-            .sum()
+        self.writers.iter().map(|writer| writer.history.acknowledged()).sum()
     }
 
     /// Writes as fast as the server answers while `during` runs; how each writer ended, `Ok` for those that were
@@ -155,10 +149,7 @@ impl Writer {
         let mut client = NbdClient::connect(export)?;
         let begin = Instant::now();
         while !stop.load(Ordering::Relaxed) {
-            assert!(
-                begin.elapsed() < Duration::from_secs(600),
-                "a load is stopped before ten minutes"
-            );
+            assert!(begin.elapsed() < Duration::from_secs(600), "a load is stopped before ten minutes");
             let count = 1 + self.random.below(WRITE_SECTORS_MAX);
             let count = usize::try_from(count).unwrap_or(1).min(self.history.sectors());
             let first = self.random.index(self.history.sectors() - count + 1);
@@ -174,9 +165,7 @@ impl Writer {
         count: usize,
         clock: &AtomicU64,
     ) -> Result<(), NbdError> {
-        let data = self
-            .history
-            .submit(first, count, clock.fetch_add(1, Ordering::SeqCst));
+        let data = self.history.submit(first, count, clock.fetch_add(1, Ordering::SeqCst));
         let offset = self.offset + u64::try_from(first).unwrap_or(0) * SECTOR_BYTES;
         client.write(offset, &data)?;
         self.history.acknowledge(clock.fetch_add(1, Ordering::SeqCst));

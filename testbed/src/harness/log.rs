@@ -21,10 +21,7 @@ struct Lines {
 impl Log {
     /// An empty log of the site with this name.
     pub fn new(name: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            shared: Arc::default(),
-        }
+        Self { name: name.to_owned(), shared: Arc::default() }
     }
 
     /// Reads lines from a pipe until it closes, in a thread.
@@ -92,10 +89,7 @@ fn is_alarming(line: &str) -> bool {
     line.contains("panicked at")
         || line.contains("\"level\":\"ERROR\"")
         || line.contains("\"level\":\"WARN\"")
-        || line
-            .split_whitespace()
-            .take(3)
-            .any(|word| word == "WARN" || word == "ERROR")
+        || line.split_whitespace().take(3).any(|word| word == "WARN" || word == "ERROR")
 }
 
 /// The line without ANSI colour sequences.
@@ -126,15 +120,11 @@ mod tests {
             2026-01-01T00:00:00Z ERROR daemon: disk\n\
             thread 'main' panicked at src/main.rs:1\nlast\n"[..],
         );
-        log.wait_for(0, Duration::from_secs(5), |line| line == "last")
-            .unwrap();
+        log.wait_for(0, Duration::from_secs(5), |line| line == "last").unwrap();
         log.allow("grace time");
         let found = log.unexpected();
         assert_eq!(found.len(), 2, "{found:?}");
         assert!(found[0].contains("disk") && found[1].contains("panicked"));
-        assert!(
-            log.wait_for(0, Duration::from_millis(20), |line| line == "never")
-                .is_none()
-        );
+        assert!(log.wait_for(0, Duration::from_millis(20), |line| line == "never").is_none());
     }
 }

@@ -49,18 +49,12 @@ enum Server {
 impl Export {
     /// A volume served over TCP.
     pub fn tcp(address: SocketAddr, volume: &str) -> Self {
-        Self {
-            server: Server::Tcp(address),
-            volume: volume.to_owned(),
-        }
+        Self { server: Server::Tcp(address), volume: volume.to_owned() }
     }
 
     /// A volume served on a Unix socket.
     pub fn unix(socket: PathBuf, volume: &str) -> Self {
-        Self {
-            server: Server::Unix(socket),
-            volume: volume.to_owned(),
-        }
+        Self { server: Server::Unix(socket), volume: volume.to_owned() }
     }
 
     /// The URI for libnbd, fio and qemu.
@@ -82,12 +76,7 @@ impl fmt::Display for Export {
         match &self.server {
             Server::Tcp(address) => write!(formatter, "nbd://{address}/{}", self.volume),
             Server::Unix(socket) => {
-                write!(
-                    formatter,
-                    "nbd+unix:///{}?socket={}",
-                    self.volume,
-                    socket.display()
-                )
+                write!(formatter, "nbd+unix:///{}?socket={}", self.volume, socket.display())
             }
         }
     }
@@ -147,12 +136,7 @@ impl NbdClient {
                 Box::new(stream)
             }
         };
-        let mut client = Self {
-            stream,
-            size: 0,
-            flags: 0,
-            cookie: 0,
-        };
+        let mut client = Self { stream, size: 0, flags: 0, cookie: 0 };
         client.handshake(&export.volume)?;
         Ok(client)
     }
@@ -256,11 +240,7 @@ impl NbdClient {
         if self.u64()? != self.cookie {
             return Err(NbdError::Protocol("reply to another command"));
         }
-        if error == 0 {
-            Ok(())
-        } else {
-            Err(NbdError::Command(error))
-        }
+        if error == 0 { Ok(()) } else { Err(NbdError::Command(error)) }
     }
 
     fn handshake(&mut self, volume: &str) -> Result<(), NbdError> {

@@ -26,16 +26,10 @@ impl Pair {
     /// # Errors
     /// If that fails.
     pub fn start(world: &World) -> Result<Self> {
-        let options = SiteOptions {
-            kek: Some(world.path("kek")),
-            ..SiteOptions::default()
-        };
+        let options = SiteOptions { kek: Some(world.path("kek")), ..SiteOptions::default() };
         let west = world.site("west", options.clone())?;
         let east = world.site("east", options)?;
-        let links = [
-            Relay::start(east.replication(), 1)?,
-            Relay::start(west.replication(), 2)?,
-        ];
+        let links = [Relay::start(east.replication(), 1)?, Relay::start(west.replication(), 2)?];
         add_partner(world, &west, &east, &links[0])?;
         add_partner(world, &east, &west, &links[1])?;
         Ok(Self { west, east, links })
@@ -112,9 +106,7 @@ fn add_partner(world: &World, site: &Site, partner: &Site, link: &Relay) -> Resu
     let certificate = world.text(&format!("{}.pem", partner.name()));
     std::fs::write(&certificate, partner.run("certificate show")?)?;
     let (name, address) = (partner.name(), link.address());
-    site.run(&format!(
-        "partner add {name} --address {address} --certificate {certificate}"
-    ))?;
+    site.run(&format!("partner add {name} --address {address} --certificate {certificate}"))?;
     Ok(())
 }
 

@@ -82,19 +82,11 @@ impl Relay {
             settings: Mutex::default(),
             stop: AtomicBool::new(false),
             passed: AtomicU64::new(0),
-            held: Mutex::new(Held {
-                random: Random::new(seed),
-                packets: BTreeMap::new(),
-                next: 0,
-            }),
+            held: Mutex::new(Held { random: Random::new(seed), packets: BTreeMap::new(), next: 0 }),
         });
         let inner = Arc::clone(&shared);
         let thread = thread::spawn(move || inner.forward(&socket, target));
-        Ok(Self {
-            shared,
-            address,
-            thread: Some(thread),
-        })
+        Ok(Self { shared, address, thread: Some(thread) })
     }
 
     /// Where to send to.
@@ -109,19 +101,12 @@ impl Relay {
 
     /// Changes what the link does from now on.
     pub fn set(&self, settings: RelaySettings) {
-        *self
-            .shared
-            .settings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = settings;
+        *self.shared.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
     }
 
     /// Lets nothing pass.
     pub fn cut(&self) {
-        self.set(RelaySettings {
-            cut: true,
-            ..RelaySettings::default()
-        });
+        self.set(RelaySettings { cut: true, ..RelaySettings::default() });
     }
 
     /// Lets everything pass at once.
@@ -207,11 +192,7 @@ impl Shared {
         }
         held.next += 1;
         let key = (Instant::now() + delay, held.next);
-        let packet = Packet {
-            socket: Arc::clone(socket),
-            to,
-            bytes: bytes.to_vec(),
-        };
+        let packet = Packet { socket: Arc::clone(socket), to, bytes: bytes.to_vec() };
         held.packets.insert(key, packet);
     }
 
@@ -262,10 +243,7 @@ mod tests {
         client.send_to(b"lost", relay.address()).unwrap();
         server.recv_from(&mut bytes).unwrap_err();
 
-        relay.set(RelaySettings {
-            delay: Duration::from_millis(30),
-            ..RelaySettings::default()
-        });
+        relay.set(RelaySettings { delay: Duration::from_millis(30), ..RelaySettings::default() });
         let begin = Instant::now();
         client.send_to(b"late", relay.address()).unwrap();
         let (length, _) = server.recv_from(&mut bytes).unwrap();
@@ -278,11 +256,7 @@ mod tests {
     fn a_bad_link_loses_and_reorders() {
         let (server, client) = (socket(), socket());
         let relay = Relay::start(server.local_addr().unwrap(), 2).unwrap();
-        relay.set(RelaySettings {
-            drop_permille: 300,
-            reorder_permille: 300,
-            ..RelaySettings::default()
-        });
+        relay.set(RelaySettings { drop_permille: 300, reorder_permille: 300, ..RelaySettings::default() });
         for number in 0..100_u8 {
             client.send_to(&[number], relay.address()).unwrap();
             thread::sleep(Duration::from_micros(200));

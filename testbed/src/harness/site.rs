@@ -88,26 +88,14 @@ impl Site {
         let from = self.spawn()?;
         let deadline = Instant::now() + READY_TIMEOUT;
         let is_ready = |line: &str| line.split_whitespace().any(|word| word == "READY");
-        while self
-            .log
-            .wait_for(from, Duration::from_millis(50), is_ready)
-            .is_none()
-        {
+        while self.log.wait_for(from, Duration::from_millis(50), is_ready).is_none() {
             if let Some(status) = self.child()?.try_wait()? {
                 self.child = None;
                 // The pipe's last lines may still be on their way to the log.
                 thread::sleep(Duration::from_millis(200));
-                bail!(
-                    "{} ended with {status} before READY:\n{}",
-                    self.name,
-                    self.log.tail(20)
-                );
+                bail!("{} ended with {status} before READY:\n{}", self.name, self.log.tail(20));
             }
-            ensure!(
-                Instant::now() < deadline,
-                "{} is not ready after {READY_TIMEOUT:?}",
-                self.name
-            );
+            ensure!(Instant::now() < deadline, "{} is not ready after {READY_TIMEOUT:?}", self.name);
         }
         Ok(())
     }
@@ -120,10 +108,7 @@ impl Site {
         ensure!(self.child.is_none(), "{} runs already", self.name);
         let from = self.log.length();
         let mut command = self.daemon_command()?;
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot start farshored")?;
         if let Some(pipe) = child.stderr.take() {
             self.log.follow(pipe);
@@ -144,10 +129,7 @@ impl Site {
                 self.child = None;
                 return Ok(status.success());
             }
-            ensure!(
-                Instant::now() < deadline,
-                "{name} has not ended within {timeout:?}"
-            );
+            ensure!(Instant::now() < deadline, "{name} has not ended within {timeout:?}");
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -173,12 +155,7 @@ impl Site {
         let pid = Pid::from_raw(id).context("process id 0")?;
         kill_process(pid, Signal::TERM)?;
         let clean = self.wait_for_end(STOP_TIMEOUT)?;
-        ensure!(
-            clean,
-            "{} ended after SIGTERM with a failure:\n{}",
-            self.name,
-            self.log.tail(20)
-        );
+        ensure!(clean, "{} ended after SIGTERM with a failure:\n{}", self.name, self.log.tail(20));
         Ok(())
     }
 
@@ -279,10 +256,7 @@ impl Site {
     /// If the volume does not exist.
     pub fn data_file(&self, volume: &str) -> Result<PathBuf> {
         let shown = self.json(&format!("volume show {volume}"))?;
-        let id = shown
-            .get("id")
-            .and_then(Value::as_str)
-            .context("volume show --json has no id")?;
+        let id = shown.get("id").and_then(Value::as_str).context("volume show --json has no id")?;
         Ok(self.directory.join("pool").join(id).join("data"))
     }
 
@@ -299,17 +273,12 @@ impl Site {
     /// # Errors
     /// If it does not run.
     pub fn cpu_ticks(&self) -> Result<u64> {
-        let child = self
-            .child
-            .as_ref()
-            .with_context(|| format!("{} does not run", self.name))?;
+        let child = self.child.as_ref().with_context(|| format!("{} does not run", self.name))?;
         let text = fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
         // After the command's name in parentheses come the fields from the third on; 14 and 15 are the times.
         let (_, fields) = text.rsplit_once(')').context("/proc/PID/stat")?;
         let times = fields.split_whitespace().skip(11).take(2);
-        times
-            .map(|field| field.parse::<u64>().context("/proc/PID/stat"))
-            .sum()
+        times.map(|field| field.parse::<u64>().context("/proc/PID/stat")).sum()
     }
 
     /// The site's name.
@@ -360,9 +329,7 @@ impl Site {
     }
 
     fn child(&mut self) -> Result<&mut Child> {
-        self.child
-            .as_mut()
-            .with_context(|| format!("{} does not run", self.name))
+        self.child.as_mut().with_context(|| format!("{} does not run", self.name))
     }
 }
 

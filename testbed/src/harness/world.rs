@@ -30,10 +30,7 @@ impl World {
             .prefix("farshore-")
             .tempdir_in(&parent)
             .with_context(|| format!("no directory in {}", parent.display()))?;
-        let mut world = Self {
-            directory,
-            logs: RefCell::default(),
-        };
+        let mut world = Self { directory, logs: RefCell::default() };
         let outcome = catch_unwind(AssertUnwindSafe(|| test(&world)));
         let failed = !matches!(outcome, Ok(Ok(()))) || !world.unexpected().is_empty();
         if failed {
@@ -47,11 +44,7 @@ impl World {
             Err(panic) => resume_unwind(panic),
         }
         let unexpected = world.unexpected();
-        ensure!(
-            unexpected.is_empty(),
-            "unexpected log lines:\n{}",
-            unexpected.join("\n")
-        );
+        ensure!(unexpected.is_empty(), "unexpected log lines:\n{}", unexpected.join("\n"));
         Ok(())
     }
 
