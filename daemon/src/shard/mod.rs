@@ -271,9 +271,6 @@ impl Shard {
         let Some(served) = self.groups.get_mut(&key) else {
             return;
         };
-        for (slot, counters) in served.volumes.iter().zip(served.group.volume_snapshots()) {
-            slot.meters.throttled(counters.throttled);
-        }
         let next = served.group.poll_timeout();
         if next != served.timer {
             if let Some(old) = served.timer {
@@ -424,6 +421,9 @@ impl Shard {
         }
         served.group.set_clocks(monotonic(), wall());
         let volumes = served.group.volume_snapshots();
+        for (slot, counters) in served.volumes.iter().zip(&volumes) {
+            slot.meters.throttled(counters.throttled);
+        }
         let presented = match served.group.is_presented() {
             true => Ok(()),
             false => Err(served.group.withdrawn_because().to_owned()),
