@@ -35,11 +35,7 @@ pub(crate) enum ClientError {
     Socket { socket: PathBuf, source: std::io::Error },
     /// The daemon went away, or something else listens.
     #[error("the daemon at '{}' did not answer {request}: {source}", .socket.display())]
-    Http {
-        socket: PathBuf,
-        request: String,
-        source: hyper::Error,
-    },
+    Http { socket: PathBuf, request: String, source: hyper::Error },
     /// The answer is longer than any of ours.
     #[error("the answer to {request} is longer than {ANSWER_BYTES_MAX} bytes: something else listens on '{}'", .socket.display())]
     TooLong { socket: PathBuf, request: String },
@@ -58,9 +54,7 @@ impl ClientError {
 impl Client {
     /// The daemon that listens at `socket`.
     pub(crate) fn new(socket: &Path) -> Self {
-        Self {
-            socket: socket.to_owned(),
-        }
+        Self { socket: socket.to_owned() }
     }
 
     /// Sends the request and reads the answer.
@@ -92,31 +86,20 @@ impl Client {
         stream: UnixStream,
         call: &Call<Answer>,
     ) -> Result<(u16, Bytes), ClientError> {
-        let failed = |source| ClientError::Http {
-            socket: self.socket.clone(),
-            request: call.to_string(),
-            source,
-        };
+        let failed =
+            |source| ClientError::Http { socket: self.socket.clone(), request: call.to_string(), source };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(failed)?;
         // It ends with the sender; its error reaches the request below.
         let connection = tokio::spawn(connection);
         let response = sender.send_request(request(call)).await.map_err(failed)?;
         let status = response.status().as_u16();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
-            .collect()
-            .await;
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
         connection.abort();
         let body = body.map_err(|error| match error.downcast::<hyper::Error>() {
             Ok(error) => failed(*error),
             Err(other) => {
-                assert!(
-                    other.is::<LengthLimitError>(),
-                    "a limited body fails by its body or by its limit"
-                );
-                ClientError::TooLong {
-                    socket: self.socket.clone(),
-                    request: call.to_string(),
-                }
+                assert!(other.is::<LengthLimitError>(), "a limited body fails by its body or by its limit");
+                ClientError::TooLong { socket: self.socket.clone(), request: call.to_string() }
             }
         })?;
         Ok((status, body.to_bytes()))
@@ -135,10 +118,7 @@ fn request<Answer>(call: &Call<Answer>) -> Request<Full<Bytes>> {
     let headers = request.headers_mut();
     headers.insert(header::HOST, header::HeaderValue::from_static("farshore"));
     if !call.body.is_empty() {
-        headers.insert(
-            header::CONTENT_TYPE,
-            header::HeaderValue::from_static("application/json"),
-        );
+        headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
     }
     request
 }

@@ -32,16 +32,11 @@ struct Session {
 /// # Errors
 /// The daemon is not there or refuses, or an answer cannot be printed.
 pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let session = Session {
-        client: Client::new(&arguments.socket),
-        json: arguments.json,
-    };
+    let session = Session { client: Client::new(&arguments.socket), json: arguments.json };
     match arguments.command {
         Command::Volume(command) => session.volume(command).await,
         Command::Certificate(CertificateCommand::Show) => {
-            session
-                .ask(&Call::certificate_show(), |view| view.certificate.clone())
-                .await
+            session.ask(&Call::certificate_show(), |view| view.certificate.clone()).await
         }
         Command::Partner(command) => session.partner(command).await,
         Command::Mirror(command) => session.mirror(command).await,
@@ -65,11 +60,7 @@ impl Session {
         answer: &Answer,
         text: impl FnOnce(&Answer) -> String,
     ) -> anyhow::Result<()> {
-        let text = if self.json {
-            serde_json::to_string_pretty(answer)? + "\n"
-        } else {
-            text(answer)
-        };
+        let text = if self.json { serde_json::to_string_pretty(answer)? + "\n" } else { text(answer) };
         output::answer(&text).context("the answer cannot be printed")
     }
 
@@ -84,43 +75,26 @@ impl Session {
     async fn volume(&self, command: VolumeCommand) -> anyhow::Result<()> {
         match command {
             VolumeCommand::Create(arguments) => {
-                self.ask(&Call::volume_create(&volume_create(arguments)), views::volume)
-                    .await
+                self.ask(&Call::volume_create(&volume_create(arguments)), views::volume).await
             }
             VolumeCommand::List => self.ask(&Call::volume_list(), |list| views::volumes(list)).await,
             VolumeCommand::Show { name } => self.ask(&Call::volume_show(&name), views::volume).await,
             VolumeCommand::Delete { name } => {
-                self.remove(&Call::volume_delete(&name), format!("volume '{name}' is deleted"))
-                    .await
+                self.remove(&Call::volume_delete(&name), format!("volume '{name}' is deleted")).await
             }
         }
     }
 
     async fn partner(&self, command: PartnerCommand) -> anyhow::Result<()> {
         match command {
-            PartnerCommand::Add {
-                name,
-                address,
-                certificate,
-            } => {
-                let add = PartnerAdd {
-                    name,
-                    address,
-                    certificate: certificate_text(&certificate)?,
-                };
+            PartnerCommand::Add { name, address, certificate } => {
+                let add = PartnerAdd { name, address, certificate: certificate_text(&certificate)? };
                 self.ask(&Call::partner_add(&add), views::partner).await
             }
-            PartnerCommand::List => {
-                self.ask(&Call::partner_list(), |list| views::partners(list))
-                    .await
-            }
+            PartnerCommand::List => self.ask(&Call::partner_list(), |list| views::partners(list)).await,
             PartnerCommand::Show { name } => self.ask(&Call::partner_show(&name), views::partner).await,
             PartnerCommand::Remove { name } => {
-                self.remove(
-                    &Call::partner_remove(&name),
-                    format!("partner '{name}' is removed"),
-                )
-                .await
+                self.remove(&Call::partner_remove(&name), format!("partner '{name}' is removed")).await
             }
         }
     }
@@ -128,16 +102,13 @@ impl Session {
     async fn mirror(&self, command: MirrorCommand) -> anyhow::Result<()> {
         match command {
             MirrorCommand::Create(arguments) => {
-                self.ask(&Call::mirror_create(&mirror_create(arguments)), views::mirror)
-                    .await
+                self.ask(&Call::mirror_create(&mirror_create(arguments)), views::mirror).await
             }
             MirrorCommand::List => self.ask(&Call::mirror_list(), |list| views::mirrors(list)).await,
             MirrorCommand::Show { name } => self.ask(&Call::mirror_show(&name), views::mirror).await,
             MirrorCommand::Stop { name } => self.ask(&Call::mirror_stop(&name), views::mirror).await,
             MirrorCommand::Start { name, primary } => {
-                let start = MirrorStart {
-                    primary: primary.map(Into::into),
-                };
+                let start = MirrorStart { primary: primary.map(Into::into) };
                 self.ask(&Call::mirror_start(&name, start), views::mirror).await
             }
             MirrorCommand::Failover { name, accept_loss } => self.failover(&name, accept_loss).await,

@@ -33,9 +33,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(commands::run(arguments))
 }
 
@@ -45,19 +43,11 @@ fn usage(error: &clap::Error) -> ExitCode {
     if asked || error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         // Nobody is left to tell if this fails.
         let _ = error.print();
-        return if asked {
-            ExitCode::SUCCESS
-        } else {
-            ExitCode::from(2)
-        };
+        return if asked { ExitCode::SUCCESS } else { ExitCode::from(2) };
     }
     let rendered = error.render().to_string();
-    let sentence = rendered
-        .lines()
-        .take_while(|line| !line.is_empty())
-        .map(str::trim)
-        .collect::<Vec<_>>()
-        .join(" ");
+    let sentence =
+        rendered.lines().take_while(|line| !line.is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
     let sentence = sentence.strip_prefix("error: ").unwrap_or(&sentence);
     output::complain(&format!("{sentence} (--help tells the usage)"));
     ExitCode::from(2)

@@ -9,9 +9,7 @@ pub(crate) struct Table {
 impl Table {
     /// The table with these columns and no row.
     pub(crate) fn new(columns: &[&str]) -> Self {
-        Self {
-            rows: vec![columns.iter().map(|column| (*column).to_owned()).collect()],
-        }
+        Self { rows: vec![columns.iter().map(|column| (*column).to_owned()).collect()] }
     }
 
     /// Adds a row: a cell for each column.
@@ -38,10 +36,7 @@ impl Table {
         let widths: Vec<usize> = (0..columns).map(width).collect();
         let mut text = String::new();
         for row in &self.rows {
-            let cells = row
-                .iter()
-                .zip(&widths)
-                .map(|(cell, width)| format!("{cell:<width$}"));
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
             text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
             text.push('\n');
         }

@@ -33,9 +33,7 @@ pub(crate) fn volumes(views: &[VolumeView]) -> String {
             view.class.clone(),
             view.iops_limit.to_string(),
             view.state.to_string(),
-            view.mirror
-                .as_ref()
-                .map_or_else(|| "-".to_owned(), ToString::to_string),
+            view.mirror.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string),
             view.uris.first().cloned().unwrap_or_default(),
         ]);
     }
@@ -70,9 +68,7 @@ pub(crate) fn partners(views: &[PartnerView]) -> String {
 /// One mirror, a property a line.
 pub(crate) fn mirror(view: &MirrorView) -> String {
     let names: Vec<_> = view.volumes.iter().map(ToString::to_string).collect();
-    let point = view
-        .recovery_point
-        .map(|point| format!("{} of {}", point.position, point.time));
+    let point = view.recovery_point.map(|point| format!("{} of {}", point.position, point.time));
     let resync = view.resync.map(|resync| {
         let end = resync.eta_seconds.map_or("unknown".to_owned(), seconds);
         format!("{} bytes to go, ends in {end}", resync.remaining_bytes)
@@ -90,21 +86,12 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
         ("needs start", view.needs_start.then(|| yes(true))),
         ("epoch", Some(view.epoch.to_string())),
         ("position", Some(view.position.to_string())),
-        (
-            "recovery point",
-            Some(point.unwrap_or_else(|| "none yet".to_owned())),
-        ),
+        ("recovery point", Some(point.unwrap_or_else(|| "none yet".to_owned()))),
         ("RPO", Some(rpo(view))),
         ("RPO budget", Some(seconds(f64::from(view.rpo_budget_seconds)))),
-        (
-            "backlog",
-            Some(format!("{} bytes in {}", view.backlog_bytes, view.journal_tier)),
-        ),
+        ("backlog", Some(format!("{} bytes in {}", view.backlog_bytes, view.journal_tier))),
         ("resync", resync),
-        (
-            "orphaned",
-            (view.orphaned_bytes > 0).then(|| format!("{} bytes", view.orphaned_bytes)),
-        ),
+        ("orphaned", (view.orphaned_bytes > 0).then(|| format!("{} bytes", view.orphaned_bytes))),
         ("overload", Some(view.overload.to_string())),
         (
             "memory",
@@ -152,10 +139,7 @@ pub(crate) fn status(view: &StatusView) -> String {
         ("encryption", Some(view.encryption_engine.clone())),
         ("NBD", Some(view.nbd_uris.join(" "))),
         ("replication", Some(view.replication_address.clone())),
-        (
-            "console",
-            Some(view.console_address.clone().unwrap_or_else(|| "off".to_owned())),
-        ),
+        ("console", Some(view.console_address.clone().unwrap_or_else(|| "off".to_owned()))),
         ("volumes", Some(counts.volumes.to_string())),
         ("partners", Some(counts.partners.to_string())),
         ("mirrors", Some(counts.mirrors.to_string())),
@@ -169,8 +153,7 @@ pub(crate) fn status(view: &StatusView) -> String {
 
 fn rpo(view: &MirrorView) -> String {
     let bound = if view.rpo_bound { "at most " } else { "" };
-    view.rpo_seconds
-        .map_or_else(|| "-".to_owned(), |rpo| format!("{bound}{rpo:.3}s"))
+    view.rpo_seconds.map_or_else(|| "-".to_owned(), |rpo| format!("{bound}{rpo:.3}s"))
 }
 
 fn yes(truth: bool) -> String {
@@ -179,8 +162,6 @@ fn yes(truth: bool) -> String {
 
 /// A number of seconds as a person reads it, as in `15m`.
 fn seconds(seconds: f64) -> String {
-    Duration::try_from_secs_f64(seconds).map_or_else(
-        |_| format!("{seconds} s"),
-        |duration| humantime::format_duration(duration).to_string(),
-    )
+    Duration::try_from_secs_f64(seconds)
+        .map_or_else(|_| format!("{seconds} s"), |duration| humantime::format_duration(duration).to_string())
 }

@@ -63,22 +63,13 @@ fn last_words(seen: Option<&MirrorView>, absent: Option<String>) -> String {
     let Some(view) = seen else {
         return absent.unwrap_or_else(|| "it was not seen".to_owned());
     };
-    let connected = if view.connected {
-        "connected"
-    } else {
-        "not connected"
-    };
-    let rpo = view
-        .rpo_seconds
-        .map_or("unknown".to_owned(), |rpo| format!("{rpo:.1} s"));
+    let connected = if view.connected { "connected" } else { "not connected" };
+    let rpo = view.rpo_seconds.map_or("unknown".to_owned(), |rpo| format!("{rpo:.1} s"));
     let mut words = format!(
         "its last state is {}, {connected}, backlog {} bytes, RPO {rpo}",
         view.state, view.backlog_bytes
     );
-    for more in [view.state_reason.as_deref(), absent.as_deref()]
-        .into_iter()
-        .flatten()
-    {
+    for more in [view.state_reason.as_deref(), absent.as_deref()].into_iter().flatten() {
         words.push_str("; ");
         words.push_str(more);
     }

@@ -1,10 +1,6 @@
 //! The binary against a socket that answers as the daemon would: exit codes, streams and sentences.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "the whole file is a test"
-)]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "the whole file is a test")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -44,18 +40,12 @@ impl Site {
 
     fn command(&self, arguments: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_farshore"));
-        command
-            .env("FARSHORE_SOCKET", self.socket())
-            .args(arguments.split(' '));
+        command.env("FARSHORE_SOCKET", self.socket()).args(arguments.split(' '));
         command
     }
 
     fn run(&self, arguments: &str) -> (i32, String, String) {
-        let Output {
-            status,
-            stdout,
-            stderr,
-        } = self.command(arguments).output().unwrap();
+        let Output { status, stdout, stderr } = self.command(arguments).output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (status.code().unwrap(), text(stdout), text(stderr))
     }
@@ -72,18 +62,13 @@ fn serve(mut stream: UnixStream, answer: impl Fn(&str) -> (u16, String)) {
         let Some((head, body)) = text.split_once("\r\n\r\n") else {
             continue;
         };
-        let expected = head
-            .lines()
-            .find_map(|line| line.strip_prefix("content-length: "));
+        let expected = head.lines().find_map(|line| line.strip_prefix("content-length: "));
         if body.len() >= expected.map_or(0, |length| length.parse().unwrap()) {
             break;
         }
     }
     let (status, body) = answer(&String::from_utf8(request).unwrap());
-    let head = format!(
-        "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
+    let head = format!("HTTP/1.1 {status} Status\r\ncontent-length: {}\r\n\r\n", body.len());
     stream.write_all((head + &body).as_bytes()).unwrap();
 }
 
@@ -120,10 +105,7 @@ fn json(value: &impl serde::Serialize) -> String {
 }
 
 fn one_sentence(stderr: &str) {
-    assert!(
-        stderr.starts_with("farshore: ") && stderr.ends_with('\n'),
-        "{stderr}"
-    );
+    assert!(stderr.starts_with("farshore: ") && stderr.ends_with('\n'), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
 }
 
@@ -173,16 +155,10 @@ fn json_is_the_view_and_the_default_is_a_table() {
     let answer = json(&view);
     let site = Site::answering(move |_, _| (200, answer.clone()));
     let (code, stdout, _) = site.run("mirror show m --json");
-    assert_eq!(
-        (code, serde_json::from_str::<MirrorView>(&stdout).unwrap()),
-        (0, view)
-    );
+    assert_eq!((code, serde_json::from_str::<MirrorView>(&stdout).unwrap()), (0, view));
     let (code, stdout, _) = site.run("mirror show m");
     assert_eq!(code, 0);
-    assert!(
-        stdout.contains("state           consistent_synchronized\n"),
-        "{stdout}"
-    );
+    assert!(stdout.contains("state           consistent_synchronized\n"), "{stdout}");
 }
 
 #[test]
@@ -199,10 +175,7 @@ fn failover_without_accepting_the_loss_is_refused_and_explained() {
     let (code, _, stderr) = site.run("mirror failover m");
     assert_eq!(code, 1);
     one_sentence(&stderr);
-    assert!(
-        stderr.contains("1970-01-01T00:00:00") && stderr.contains("--accept-loss"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("1970-01-01T00:00:00") && stderr.contains("--accept-loss"), "{stderr}");
 }
 
 #[test]
@@ -220,10 +193,7 @@ fn wait_ends_when_the_goal_is_reached_and_fails_at_the_timeout() {
     let (code, _, stderr) = site.run("mirror wait m --for idling --timeout 250ms");
     assert_eq!(code, 1);
     one_sentence(&stderr);
-    assert!(
-        stderr.contains("250ms: its last state is consistent_synchronized"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("250ms: its last state is consistent_synchronized"), "{stderr}");
 }
 
 #[test]
@@ -232,10 +202,8 @@ fn a_certificate_file_that_is_none_is_named() {
     let long = site.folder.path().join("long");
     std::fs::write(&long, vec![b'x'; 10_000]).unwrap();
     for path in [Path::new("/nonexistent/file"), &long] {
-        let (code, _, stderr) = site.run(&format!(
-            "partner add p --address h:1 --certificate {}",
-            path.display()
-        ));
+        let (code, _, stderr) =
+            site.run(&format!("partner add p --address h:1 --certificate {}", path.display()));
         assert_eq!(code, 1);
         one_sentence(&stderr);
         assert!(stderr.contains(path.to_str().unwrap()), "{stderr}");
@@ -247,12 +215,8 @@ fn a_reader_that_went_away_is_no_error() {
     let view = mirror(MirrorState::Idling);
     let list = json(&vec![view; 2000]);
     let site = Site::answering(move |_, _| (200, list.clone()));
-    let mut child = site
-        .command("mirror list --json")
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child =
+        site.command("mirror list --json").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success());
