@@ -39,15 +39,8 @@ fn main() -> Result<(), Failure> {
         udp_payload_bytes_max: u16::try_from(number(1, 6550)?)?,
         ..TransportSettings::default()
     };
-    let link = Link {
-        delay: Duration::from_millis(number(2, 0)?),
-        loss: number(3, 0)?,
-        rate: number(4, 0)?,
-    };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
+    let link = Link { delay: Duration::from_millis(number(2, 0)?), loss: number(3, 0)?, rate: number(4, 0)? };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let (east, mut west) = runtime.block_on(open(&settings, link))?;
     let receiver = std::thread::spawn(move || {
         let ready = bell(&west);
@@ -98,11 +91,7 @@ async fn open(settings: &TransportSettings, link: Link) -> Result<(SessionHandle
     let (east, _) = bind(&one, "west", &two)?;
     let (west, mut incoming) = bind(&two, "east", &one)?;
     let west_address = west.local_address();
-    let target = if link == Link::default() {
-        west_address
-    } else {
-        relay(west_address, link)?
-    };
+    let target = if link == Link::default() { west_address } else { relay(west_address, link)? };
     let dialed = east.dial("west", &target.to_string()).await?;
     dialed.try_send_control(Bytes::from_static(b"hello"))?;
     let accepted = incoming.recv().await.ok_or("no session came in")?;
@@ -118,12 +107,7 @@ fn measure(header: &[u8; CUT_HEADER_BYTES]) -> Result<usize, String> {
 
 fn cut() -> Bytes {
     let length = u32::try_from(CUT_BYTES).unwrap_or(u32::MAX).to_le_bytes();
-    length
-        .into_iter()
-        .chain((0..=250).cycle())
-        .take(CUT_BYTES)
-        .collect::<Vec<u8>>()
-        .into()
+    length.into_iter().chain((0..=250).cycle()).take(CUT_BYTES).collect::<Vec<u8>>().into()
 }
 
 type Bell = Arc<(Mutex<bool>, Condvar)>;
@@ -141,9 +125,7 @@ fn bell(handle: &SessionHandle) -> Bell {
 
 fn wait(bell: &Bell) {
     let rung = bell.0.lock().unwrap_or_else(PoisonError::into_inner);
-    let waited = bell
-        .1
-        .wait_timeout_while(rung, Duration::from_millis(100), |rung| !*rung);
+    let waited = bell.1.wait_timeout_while(rung, Duration::from_millis(100), |rung| !*rung);
     *waited.unwrap_or_else(PoisonError::into_inner).0 = false;
 }
 
@@ -151,12 +133,7 @@ fn wait(bell: &Bell) {
 fn cpu_ticks() -> u64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let fields = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
-    fields
-        .split(' ')
-        .skip(11)
-        .take(2)
-        .filter_map(|field| field.parse::<u64>().ok())
-        .sum()
+    fields.split(' ').skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum()
 }
 
 /// What the relay does to datagrams.
@@ -187,12 +164,7 @@ fn relay(west: SocketAddr, link: Link) -> Result<SocketAddr, Failure> {
         let east = *client.lock().unwrap_or_else(PoisonError::into_inner);
         drop(front.send_to(bytes, east));
     };
-    pump(
-        one,
-        link,
-        move |from| *seen.lock().unwrap_or_else(PoisonError::into_inner) = from,
-        to_west,
-    );
+    pump(one, link, move |from| *seen.lock().unwrap_or_else(PoisonError::into_inner) = from, to_west);
     pump(two, link, |_| (), to_east);
     Ok(address)
 }

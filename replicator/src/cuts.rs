@@ -1,4 +1,4 @@
-//! Cuts on the data stream: back to back, each read whole into one aligned buffer.
+//! Cuts on a data stream: back to back, each read whole into one aligned buffer.
 //!
 //! A cut tells its own length in its first 256 bytes; how, the caller's measuring function knows.
 
@@ -30,7 +30,7 @@ pub trait CutBuffers: Send + Sync + 'static {
     fn freeze(buffer: Self::Buffer) -> Bytes;
 }
 
-/// What became of the data stream.
+/// What became of a data stream.
 #[derive(Debug)]
 pub(crate) enum IntakeError {
     /// The peer finished the stream between two cuts.
@@ -117,11 +117,7 @@ impl<B: CutBuffers> ReadCut for Reader<B> {
             let mut buffer = self.buffers.take(length).await;
             let space = buffer.as_mut();
             assert_eq!(space.len(), length, "CutBuffers::take gives the length asked for");
-            assert_eq!(
-                space.as_ptr().align_offset(ALIGNMENT_BYTES),
-                0,
-                "CutBuffers::take aligns to 4096"
-            );
+            assert_eq!(space.as_ptr().align_offset(ALIGNMENT_BYTES), 0, "CutBuffers::take aligns to 4096");
             let (head, rest) = space.split_at_mut(CUT_HEADER_BYTES);
             head.copy_from_slice(&header);
             stream.read_exact(rest).await?;
@@ -140,13 +136,8 @@ pub struct BudgetedBuffers {
 impl BudgetedBuffers {
     /// Buffers for `bytes_max` bytes of cuts in all; at least one cut of the largest size.
     pub fn new(bytes_max: u32) -> Self {
-        let permits = usize::try_from(bytes_max)
-            .unwrap_or(usize::MAX)
-            .min(Semaphore::MAX_PERMITS);
-        Self {
-            budget: Arc::new(Semaphore::new(permits)),
-            bytes_max,
-        }
+        let permits = usize::try_from(bytes_max).unwrap_or(usize::MAX).min(Semaphore::MAX_PERMITS);
+        Self { budget: Arc::new(Semaphore::new(permits)), bytes_max }
     }
 
     /// Bytes that are still to be had.
@@ -188,22 +179,12 @@ impl CutBuffers for BudgetedBuffers {
 
     async fn take(&self, length: usize) -> BudgetedBuffer {
         let permits = u32::try_from(length).unwrap_or(u32::MAX);
-        assert!(
-            permits <= self.bytes_max,
-            "the budget of cut buffers is below the longest cut"
-        );
+        assert!(permits <= self.bytes_max, "the budget of cut buffers is below the longest cut");
         let permit = Arc::clone(&self.budget).acquire_many_owned(permits).await;
-        let Ok(_permit) = permit else {
-            unreachable!("the budget's semaphore is never closed")
-        };
+        let Ok(_permit) = permit else { unreachable!("the budget's semaphore is never closed") };
         let storage = vec![0; length + ALIGNMENT_BYTES];
         let start = storage.as_ptr().align_offset(ALIGNMENT_BYTES);
-        BudgetedBuffer {
-            storage,
-            start,
-            length,
-            _permit,
-        }
+        BudgetedBuffer { storage, start, length, _permit }
     }
 
     fn freeze(buffer: BudgetedBuffer) -> Bytes {

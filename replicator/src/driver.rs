@@ -10,7 +10,7 @@ use crate::cuts::{CutIntake, IntakeError};
 use crate::frames::{self, FrameError};
 use crate::pins::{Fingerprint, PinStore};
 use crate::session::{CloseReason, DriverPorts, Queued, Shared, clean_reason};
-use crate::settings::TransportSettings;
+use crate::settings::{DATA_STREAMS, TransportSettings};
 
 /// The application's close codes on the wire (docs/protocols/transport.md).
 pub(crate) mod code {
@@ -33,12 +33,12 @@ const STREAMS_GONE_POLL: Duration = Duration::from_millis(2);
 /// Acks overtake cuts in the peer's send queue.
 pub(crate) const CONTROL_PRIORITY: i32 = 1;
 
-/// What carries a session's cuts.
+/// What carries a session's cuts: cut n, from 0, goes whole on stream n modulo [`DATA_STREAMS`].
 pub(crate) enum DataSide {
-    /// The dialer's stream.
-    Send(SendStream),
-    /// The acceptor's intake; the stream appears with the first cut.
-    Receive(CutIntake, Option<RecvStream>),
+    /// The dialer's streams, all of them.
+    Send(Vec<SendStream>),
+    /// The acceptor's intake; a stream appears with its first cut.
+    Receive(CutIntake, Vec<RecvStream>),
 }
 
 /// A session whose peer is known and whose control stream stands.
@@ -95,35 +95,16 @@ impl Closing {
 impl Driver {
     /// Runs the session to its end.
     pub(crate) async fn run(self) {
-        let Self {
-            connection,
-            mut control_send,
-            mut control_receive,
-            mut data,
-            ports,
-            settings,
-            ..
-        } = self;
-        let DriverPorts {
-            shared,
-            control_events,
-            cut_events,
-            control,
-            cuts,
-            close,
-            end,
-        } = ports;
-        let closing = Closing {
-            session: close,
-            endpoint: self.shutdown,
-        };
+        let Self { connection, mut control_send, mut control_receive, mut data, ports, settings, .. } = self;
+        let DriverPorts { shared, control_events, cut_events, control, cuts, close, end } = ports;
+        let closing = Closing { session: close, endpoint: self.shutdown };
         let frame_bytes_max = settings.control_frame_bytes_max;
         let cut_bytes_max = usize::try_from(settings.cut_bytes_max).unwrap_or(usize::MAX);
         let move_cuts = async {
             match &mut data {
-                DataSide::Send(stream) => send_cuts(&connection, stream, cuts, &shared).await,
-                DataSide::Receive(intake, stream) => {
-                    receive_cuts(&connection, intake, stream, cut_bytes_max, cut_events, &shared).await
+                DataSide::Send(streams) => send_cuts(&connection, streams, cuts, &shared).await,
+                DataSide::Receive(intake, streams) => {
+                    receive_cuts(&connection, intake, streams, cut_bytes_max, cut_events, &shared).await
                 }
             }
         };
@@ -138,11 +119,12 @@ impl Driver {
         };
         tracing::info!(
             partner = %self.partner, remote = %connection.remote_address(), "replication session ended: {reason}");
-        let data_send = match &mut data {
-            DataSide::Send(stream) => Some(stream),
-            DataSide::Receive(..) => None,
-        };
-        close_connection(&connection, &mut control_send, data_send, &reason).await;
+        let mut sending = vec![&mut control_send];
+        match &mut data {
+            DataSide::Send(streams) => sending.extend(streams),
+            DataSide::Receive(..) => {}
+        }
+        close_connection(&connection, sending, &reason).await;
         // The streams keep the connection's buffers alive: they go before the consumer hears of the end.
         drop((control_send, control_receive, data, connection));
         end.close(reason);
@@ -154,22 +136,16 @@ impl Driver {
 /// Resetting the streams drops their unsent bytes at once, which closing alone does after it has drained. And it
 /// must come first: quinn-proto 0.11.19 puts a close frame behind congestion control while a stream has something
 /// to send, and once closed it no longer reads the acknowledgements that would let it through (quinn issue 2785).
-async fn close_connection(
-    connection: &Connection,
-    control: &mut SendStream,
-    mut data: Option<&mut SendStream>,
-    reason: &CloseReason,
-) {
+async fn close_connection(connection: &Connection, mut streams: Vec<&mut SendStream>, reason: &CloseReason) {
     let (code, text) = close_frame(reason);
     let code = VarInt::from_u32(code);
-    // A stream that is gone already needs no reset.
-    let _ = control.reset(code);
-    let _ = data.as_mut().map(|stream| stream.reset(code));
+    for stream in &mut streams {
+        // A stream that is gone already needs no reset.
+        let _ = stream.reset(code);
+    }
     let acknowledged = async {
         // A stream forgets its priority when the peer has acknowledged its reset.
-        while connection.close_reason().is_none()
-            && (control.priority().is_ok() || data.as_ref().is_some_and(|stream| stream.priority().is_ok()))
-        {
+        while connection.close_reason().is_none() && streams.iter().any(|stream| stream.priority().is_ok()) {
             sleep(STREAMS_GONE_POLL).await;
         }
     };
@@ -183,10 +159,7 @@ fn close_frame(reason: &CloseReason) -> (u32, String) {
     match reason {
         CloseReason::Local(text) => (code::CLOSED, text.clone()),
         CloseReason::Violation(text) => (code::VIOLATION, clean_reason(text.as_bytes())),
-        CloseReason::Unpinned => (
-            code::UNPINNED,
-            "your certificate is no longer pinned here".to_owned(),
-        ),
+        CloseReason::Unpinned => (code::UNPINNED, "your certificate is no longer pinned here".to_owned()),
         // The connection has ended already; nobody reads this.
         CloseReason::Peer { .. } | CloseReason::LinkLost | CloseReason::Transport(_) => {
             (code::CLOSED, String::new())
@@ -197,10 +170,9 @@ fn close_frame(reason: &CloseReason) -> (u32, String) {
 /// Why a connection ended, in a session's words.
 pub(crate) fn close_reason(error: ConnectionError) -> CloseReason {
     match error {
-        ConnectionError::ApplicationClosed(close) => CloseReason::Peer {
-            code: close.error_code.into(),
-            reason: clean_reason(&close.reason),
-        },
+        ConnectionError::ApplicationClosed(close) => {
+            CloseReason::Peer { code: close.error_code.into(), reason: clean_reason(&close.reason) }
+        }
         ConnectionError::TimedOut | ConnectionError::Reset => CloseReason::LinkLost,
         ConnectionError::LocallyClosed => CloseReason::Local("the endpoint was closed".to_owned()),
         ConnectionError::ConnectionClosed(_)
@@ -291,16 +263,20 @@ async fn send_control(
 
 async fn send_cuts(
     connection: &Connection,
-    stream: &mut SendStream,
+    streams: &mut [SendStream],
     mut queue: mpsc::Receiver<Queued<Vec<bytes::Bytes>>>,
     shared: &Shared,
 ) -> CloseReason {
+    let mut turn = 0;
     while let Some(mut queued) = queue.recv().await {
+        let count = streams.len();
+        let Some(stream) = streams.get_mut(turn) else { break };
         if let Err(error) = stream.write_all_chunks(&mut queued.item).await {
-            return write_failed(connection, error, "it refused the data stream").await;
+            return write_failed(connection, error, "it refused a data stream").await;
         }
         drop(queued);
         shared.wake();
+        turn = (turn + 1) % count;
     }
     // The handle is gone: the control side ends the session.
     std::future::pending().await
@@ -319,17 +295,23 @@ async fn write_failed(connection: &Connection, error: WriteError, otherwise: &st
 async fn receive_cuts(
     connection: &Connection,
     intake: &CutIntake,
-    place: &mut Option<RecvStream>,
+    // Kept outside: dropping a stream would queue a frame ahead of the connection's close.
+    streams: &mut Vec<RecvStream>,
     bytes_max: usize,
     events: mpsc::Sender<bytes::Bytes>,
     shared: &Shared,
 ) -> CloseReason {
-    let Ok(stream) = connection.accept_uni().await else {
-        return std::future::pending().await;
-    };
-    // Kept outside: dropping it would queue a frame ahead of the connection's close.
-    let stream = place.insert(stream);
+    let mut turn = 0;
     loop {
+        if turn == streams.len() {
+            // Streams appear in the order of their numbers (RFC 9000 section 2.1).
+            match connection.accept_uni().await {
+                Ok(stream) => streams.push(stream),
+                // The control stream's reader reports it, after what has arrived.
+                Err(_) => return std::future::pending().await,
+            }
+        }
+        let Some(stream) = streams.get_mut(turn) else { return std::future::pending().await };
         match intake.next(stream, bytes_max).await {
             Ok(cut) => {
                 if events.send(cut).await.is_err() {
@@ -337,11 +319,12 @@ async fn receive_cuts(
                 }
                 shared.wake();
             }
-            // The control stream's reader reports it, after what has arrived.
+            // As above.
             Err(IntakeError::Connection) => return std::future::pending().await,
-            Err(IntakeError::Finished) => return explained(connection, "it ended the data stream").await,
-            Err(IntakeError::Torn) => return explained(connection, "it broke off the data stream").await,
+            Err(IntakeError::Finished) => return explained(connection, "it ended a data stream").await,
+            Err(IntakeError::Torn) => return explained(connection, "it broke off a data stream").await,
             Err(IntakeError::Refused(text)) => return CloseReason::Violation(clean_reason(text.as_bytes())),
         }
+        turn = (turn + 1) % usize::from(DATA_STREAMS);
     }
 }

@@ -98,7 +98,7 @@ impl Endpoint {
             .map_err(|error| BindError::Tls(error.to_string()))?;
         let mut server = ServerConfig::with_crypto(Arc::new(tls));
         server
-            .transport_config(settings.transport(1))
+            .transport_config(settings.transport(true))
             .max_incoming(HANDSHAKES_MAX)
             .incoming_buffer_size(INCOMING_BUFFER_BYTES)
             .incoming_buffer_size_total(INCOMING_BUFFER_BYTES_TOTAL);
@@ -117,7 +117,7 @@ impl Endpoint {
             identity: identity.clone(),
             pins,
             provider,
-            dial_transport: settings.transport(0),
+            dial_transport: settings.transport(false),
             settings,
             server,
             intake,
@@ -141,13 +141,7 @@ impl Endpoint {
     /// # Errors
     /// [`DialError`], within the setting `connect_timeout`.
     pub async fn dial(&self, partner: &str, address: &str) -> Result<SessionHandle, DialError> {
-        Dial {
-            core: &self.core,
-            partner,
-            address,
-        }
-        .run()
-        .await
+        Dial { core: &self.core, partner, address }.run().await
     }
 
     /// Closes every session, as [`SessionHandle::close`] does, and then the socket. Takes at most four seconds, and
@@ -156,10 +150,7 @@ impl Endpoint {
         self.begin_close(reason);
         // Partners that do not answer notice by their idle timeout.
         let _ = tokio::time::timeout(CLOSE_LINGER, self.core.shutdown.closed()).await;
-        self.core.quinn.close(
-            VarInt::from_u32(code::CLOSED),
-            clean_reason(reason.as_bytes()).as_bytes(),
-        );
+        self.core.quinn.close(VarInt::from_u32(code::CLOSED), clean_reason(reason.as_bytes()).as_bytes());
         let _ = tokio::time::timeout(LINGER, self.core.quinn.wait_idle()).await;
     }
 
@@ -179,10 +170,7 @@ impl Endpoint {
 
 impl std::fmt::Debug for Endpoint {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        formatter
-            .debug_struct("Endpoint")
-            .field("local", &self.core.local)
-            .finish_non_exhaustive()
+        formatter.debug_struct("Endpoint").field("local", &self.core.local).finish_non_exhaustive()
     }
 }
 

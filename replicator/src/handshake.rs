@@ -16,6 +16,7 @@ use crate::endpoint::Core;
 use crate::frames::{self, FrameError};
 use crate::pins::{Fingerprint, PinnedCertificate};
 use crate::session::{CloseReason, SessionHandle, clean_reason};
+use crate::settings::DATA_STREAMS;
 use crate::verify::{PinVerifier, client_tls, server_tls};
 
 /// quinn wants a name to connect to; it is neither sent nor checked.
@@ -137,9 +138,7 @@ impl Dial<'_> {
 
     async fn attempt(&self) -> Result<SessionHandle, DialError> {
         let Some(pin) = self.core.pins.find(self.partner) else {
-            return Err(DialError::UnknownPartner {
-                partner: self.partner.to_owned(),
-            });
+            return Err(DialError::UnknownPartner { partner: self.partner.to_owned() });
         };
         let remote = self.resolve().await.map_err(|source| DialError::Unreachable {
             partner: self.partner.to_owned(),
@@ -156,9 +155,7 @@ impl Dial<'_> {
             .quinn
             .connect_with(config, remote, SERVER_NAME)
             .map_err(|error| self.protocol(error.to_string()))?;
-        let connection = connecting
-            .await
-            .map_err(|error| self.failed(error, remote, &verifier, &pin))?;
+        let connection = connecting.await.map_err(|error| self.failed(error, remote, &verifier, &pin))?;
         let streams = open_session(&connection).await;
         let (control_send, control_receive, data) =
             streams.map_err(|error| self.failed(error, remote, &verifier, &pin))?;
@@ -192,11 +189,7 @@ impl Dial<'_> {
                 );
                 continue;
             }
-            let any = if remote.is_ipv4() {
-                [0; 4].into()
-            } else {
-                [0_u16; 8].into()
-            };
+            let any = if remote.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
             let probe = UdpSocket::bind(SocketAddr::new(any, 0));
             match probe.and_then(|socket| socket.connect(remote)) {
                 Ok(()) if remote.port() != 0 => return Ok(remote),
@@ -226,12 +219,7 @@ impl Dial<'_> {
         if let Some(refusal) = verifier.refusal() {
             self.core.refusals.warn(remote, refusal);
             let (presented, pinned) = (refusal.presented, pin.fingerprint());
-            return DialError::CertificateRefusedByUs {
-                partner,
-                address,
-                presented,
-                pinned,
-            };
+            return DialError::CertificateRefusedByUs { partner, address, presented, pinned };
         }
         match error {
             ConnectionError::ConnectionClosed(close) => {
@@ -239,12 +227,7 @@ impl Dial<'_> {
                 let reason = clean_reason(&close.reason);
                 if is_certificate_alert(code) {
                     let (ours, reason) = (self.core.identity.fingerprint(), unwrap_refusal(&reason));
-                    return DialError::CertificateRefusedByThem {
-                        partner,
-                        address,
-                        ours,
-                        reason,
-                    };
+                    return DialError::CertificateRefusedByThem { partner, address, ours, reason };
                 }
                 self.protocol(close.to_string())
             }
@@ -255,11 +238,9 @@ impl Dial<'_> {
             },
             ConnectionError::ApplicationClosed(_)
             | ConnectionError::Reset
-            | ConnectionError::LocallyClosed => DialError::Closed {
-                partner,
-                address,
-                reason: close_reason(error),
-            },
+            | ConnectionError::LocallyClosed => {
+                DialError::Closed { partner, address, reason: close_reason(error) }
+            }
             ConnectionError::VersionMismatch
             | ConnectionError::TransportError(_)
             | ConnectionError::CidsExhausted => self.protocol(error.to_string()),
@@ -270,28 +251,27 @@ impl Dial<'_> {
 /// Whether a close code is one of the alerts about our certificate (RFC 8446 section 6.2): bad_certificate to
 /// certificate_unknown, unknown_ca, access_denied, decrypt_error, certificate_required.
 fn is_certificate_alert(code: u64) -> bool {
-    matches!(
-        code.checked_sub(TLS_ALERT_BASE),
-        Some(42..=46 | 48 | 49 | 51 | 116)
-    )
+    matches!(code.checked_sub(TLS_ALERT_BASE), Some(42..=46 | 48 | 49 | 51 | 116))
 }
 
 /// The partner's sentence without the shell that rustls puts around it.
 fn unwrap_refusal(reason: &str) -> String {
-    let inner = reason
-        .split_once("OtherError(")
-        .and_then(|(_, rest)| rest.strip_suffix("))"));
+    let inner = reason.split_once("OtherError(").and_then(|(_, rest)| rest.strip_suffix("))"));
     inner.unwrap_or(reason).to_owned()
 }
 
-/// The dialer's part of the opening: both streams, the empty frame out and in.
+/// The dialer's part of the opening: all streams, the empty frame out and in.
 async fn open_session(
     connection: &Connection,
-) -> Result<(SendStream, RecvStream, SendStream), ConnectionError> {
+) -> Result<(SendStream, RecvStream, Vec<SendStream>), ConnectionError> {
     let (mut control_send, mut control_receive) = connection.open_bi().await?;
     // Fails only for a stream that is gone, which the next write reports.
     let _ = control_send.set_priority(CONTROL_PRIORITY);
-    let data = connection.open_uni().await?;
+    let mut data = Vec::with_capacity(DATA_STREAMS.into());
+    for _ in 0..DATA_STREAMS {
+        // Nothing is sent before the stream's first cut.
+        data.push(connection.open_uni().await?);
+    }
     let opened = frames::write_ready(&mut control_send).await.is_ok()
         && frames::read(&mut control_receive, 0).await.is_ok();
     if opened {
@@ -337,10 +317,9 @@ pub(crate) async fn accept(core: &Core, incoming: Incoming) {
         Err(_) => return tracing::debug!(%remote, "replication handshake did not end in time"),
     };
     let outcome = timeout(limit, greet(core, &connection)).await;
-    match outcome.unwrap_or(Err(AcceptError::Refused {
-        code: code::VIOLATION,
-        reason: "no first frame in time",
-    })) {
+    match outcome
+        .unwrap_or(Err(AcceptError::Refused { code: code::VIOLATION, reason: "no first frame in time" }))
+    {
         Ok(()) => {}
         Err(AcceptError::Connection(error)) => {
             tracing::debug!(%remote, "replication connection lost before its first frame: {error}");
@@ -379,18 +358,13 @@ async fn greet(core: &Core, connection: &Connection) -> Result<(), AcceptError> 
     frames::write_ready(&mut control_send)
         .await
         .map_err(|_| refused(code::VIOLATION, "the control stream was refused"))?;
-    let hello = read_frame(
-        connection,
-        &mut control_receive,
-        core.settings.control_frame_bytes_max,
-    )
-    .await?;
+    let hello = read_frame(connection, &mut control_receive, core.settings.control_frame_bytes_max).await?;
     let (handle, ports) = SessionHandle::pair(partner.clone(), remote, false, &core.settings);
     let driver = Driver {
         connection: connection.clone(),
         control_send,
         control_receive,
-        data: DataSide::Receive(core.intake.clone(), None),
+        data: DataSide::Receive(core.intake.clone(), Vec::new()),
         ports,
         settings: core.settings.clone(),
         pins: core.pins.clone(),
@@ -403,12 +377,7 @@ async fn greet(core: &Core, connection: &Connection) -> Result<(), AcceptError> 
         drop(permit);
     });
     tracing::info!(partner, %remote, "replication session open (accepted)");
-    place.send(IncomingSession {
-        partner,
-        remote,
-        hello,
-        handle,
-    });
+    place.send(IncomingSession { partner, remote, hello, handle });
     Ok(())
 }
 
@@ -420,22 +389,17 @@ async fn read_frame(
     match frames::read(stream, bytes_max).await {
         Ok(frame) => Ok(frame),
         Err(FrameError::Connection) => Err(AcceptError::Connection(connection.closed().await)),
-        Err(FrameError::Finished | FrameError::Torn) => Err(AcceptError::Refused {
-            code: code::VIOLATION,
-            reason: "the control stream ended",
-        }),
-        Err(FrameError::Length { .. }) => Err(AcceptError::Refused {
-            code: code::VIOLATION,
-            reason: "a control frame has a bad length",
-        }),
+        Err(FrameError::Finished | FrameError::Torn) => {
+            Err(AcceptError::Refused { code: code::VIOLATION, reason: "the control stream ended" })
+        }
+        Err(FrameError::Length { .. }) => {
+            Err(AcceptError::Refused { code: code::VIOLATION, reason: "a control frame has a bad length" })
+        }
     }
 }
 
 /// The certificate that the peer proved to hold.
 fn peer_certificate(connection: &Connection) -> Option<CertificateDer<'static>> {
-    let chain = connection
-        .peer_identity()?
-        .downcast::<Vec<CertificateDer<'static>>>()
-        .ok()?;
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     chain.into_iter().next()
 }

@@ -94,9 +94,7 @@ impl SiteIdentity {
     /// # Errors
     /// [`IdentityError::Name`] for a name that does not fit, [`IdentityError::Generate`] if the RNG fails.
     pub fn generate(site_name: &str) -> Result<Self, IdentityError> {
-        let printable = site_name
-            .bytes()
-            .all(|byte| byte.is_ascii_graphic() || byte == b' ');
+        let printable = site_name.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
         if site_name.is_empty() || site_name.len() > SITE_NAME_BYTES_MAX || !printable {
             let shown: String = site_name.chars().take(SITE_NAME_BYTES_MAX).collect();
             return Err(IdentityError::Name(shown));
@@ -108,10 +106,8 @@ impl SiteIdentity {
         params.not_before = rcgen::date_time_ymd(2000, 1, 1);
         params.not_after = rcgen::date_time_ymd(9999, 12, 31);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let key = KeyPair::generate()?;
         let certificate = params.self_signed(&key)?;
         let key_pem = Zeroizing::new(key.serialize_pem());
@@ -126,10 +122,7 @@ impl SiteIdentity {
         let key_path = directory.join(KEY_FILE);
         let key_pem = Zeroizing::new(read(&key_path, |mode| match mode & 0o077 {
             0 => Ok(()),
-            _ => Err(IdentityError::KeyExposed {
-                path: key_path.clone(),
-                mode: mode & 0o777,
-            }),
+            _ => Err(IdentityError::KeyExposed { path: key_path.clone(), mode: mode & 0o777 }),
         })?);
         let certificate_pem = read(&directory.join(CERTIFICATE_FILE), |_| Ok(()))?;
         Self::assemble(certificate_pem, key_pem, directory)
@@ -182,22 +175,15 @@ impl SiteIdentity {
         directory: &Path,
     ) -> Result<Self, IdentityError> {
         let path = directory.join(KEY_FILE);
-        let bad_key = |reason: String| IdentityError::Key {
-            path: path.clone(),
-            reason,
-        };
-        let certificate =
-            PinnedCertificate::from_pem(&certificate_pem).map_err(|source| IdentityError::Certificate {
-                path: directory.join(CERTIFICATE_FILE),
-                source,
-            })?;
+        let bad_key = |reason: String| IdentityError::Key { path: path.clone(), reason };
+        let certificate = PinnedCertificate::from_pem(&certificate_pem).map_err(|source| {
+            IdentityError::Certificate { path: directory.join(CERTIFICATE_FILE), source }
+        })?;
         let key =
             PrivateKeyDer::from_pem_slice(key_pem.as_bytes()).map_err(|error| bad_key(error.to_string()))?;
         let provider = rustls::crypto::ring::default_provider();
-        let signing = provider
-            .key_provider
-            .load_private_key(key)
-            .map_err(|error| bad_key(error.to_string()))?;
+        let signing =
+            provider.key_provider.load_private_key(key).map_err(|error| bad_key(error.to_string()))?;
         let certified_key = CertifiedKey::new(vec![certificate.der().clone()], signing);
         if certified_key.keys_match().is_err() {
             return Err(IdentityError::Mismatch { path });
@@ -213,20 +199,13 @@ impl SiteIdentity {
 
 impl fmt::Debug for SiteIdentity {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_tuple("SiteIdentity")
-            .field(&self.fingerprint())
-            .finish()
+        formatter.debug_tuple("SiteIdentity").field(&self.fingerprint()).finish()
     }
 }
 
 fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> IdentityError {
     let path = path.to_owned();
-    move |source| IdentityError::File {
-        operation,
-        path,
-        source,
-    }
+    move |source| IdentityError::File { operation, path, source }
 }
 
 fn read(path: &Path, check: impl FnOnce(u32) -> Result<(), IdentityError>) -> Result<String, IdentityError> {
@@ -236,18 +215,12 @@ fn read(path: &Path, check: impl FnOnce(u32) -> Result<(), IdentityError>) -> Re
     // Room for the whole file at once: growing would leave copies of a key in freed memory.
     let size = metadata.len().min(FILE_BYTES_MAX);
     let mut text = String::with_capacity(usize::try_from(size).unwrap_or(0).saturating_add(1));
-    file.take(FILE_BYTES_MAX)
-        .read_to_string(&mut text)
-        .map_err(file_error("read", path))?;
+    file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(file_error("read", path))?;
     Ok(text)
 }
 
 fn create(path: &Path, mode: u32, content: &[u8]) -> Result<(), IdentityError> {
-    let opened = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path);
+    let opened = OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
     let mut file = opened.map_err(file_error("create", path))?;
     let written = file.write_all(content).and_then(|()| file.sync_all());
     written.map_err(|source| {
@@ -267,27 +240,15 @@ mod tests {
         let place = folder.path().join("identity");
         let identity = SiteIdentity::generate("az-one").unwrap();
         identity.save(&place).unwrap();
-        let mode = std::fs::metadata(place.join(KEY_FILE))
-            .unwrap()
-            .permissions()
-            .mode();
+        let mode = std::fs::metadata(place.join(KEY_FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let loaded = SiteIdentity::load(&place).unwrap();
         assert_eq!(loaded.fingerprint(), identity.fingerprint());
         assert_eq!(loaded.certificate_pem(), identity.certificate_pem());
         let other = SiteIdentity::generate("az-one").unwrap();
         assert_ne!(other.fingerprint(), identity.fingerprint());
-        assert!(matches!(
-            other.save(&place),
-            Err(IdentityError::File {
-                operation: "create",
-                ..
-            })
-        ));
-        assert_eq!(
-            SiteIdentity::load(&place).unwrap().fingerprint(),
-            identity.fingerprint()
-        );
+        assert!(matches!(other.save(&place), Err(IdentityError::File { operation: "create", .. })));
+        assert_eq!(SiteIdentity::load(&place).unwrap().fingerprint(), identity.fingerprint());
     }
 
     #[test]
@@ -298,29 +259,14 @@ mod tests {
         SiteIdentity::generate("b").unwrap().save(&there).unwrap();
         let key = here.join(KEY_FILE);
         std::fs::set_permissions(&key, PermissionsExt::from_mode(0o640)).unwrap();
-        assert!(matches!(
-            SiteIdentity::load(&here),
-            Err(IdentityError::KeyExposed { mode: 0o640, .. })
-        ));
+        assert!(matches!(SiteIdentity::load(&here), Err(IdentityError::KeyExposed { mode: 0o640, .. })));
         std::fs::set_permissions(&key, PermissionsExt::from_mode(0o600)).unwrap();
         std::fs::copy(there.join(CERTIFICATE_FILE), here.join(CERTIFICATE_FILE)).unwrap();
-        assert!(matches!(
-            SiteIdentity::load(&here),
-            Err(IdentityError::Mismatch { .. })
-        ));
+        assert!(matches!(SiteIdentity::load(&here), Err(IdentityError::Mismatch { .. })));
         std::fs::write(&key, "nonsense").unwrap();
-        assert!(matches!(
-            SiteIdentity::load(&here),
-            Err(IdentityError::Key { .. })
-        ));
+        assert!(matches!(SiteIdentity::load(&here), Err(IdentityError::Key { .. })));
         std::fs::remove_file(&key).unwrap();
-        assert!(matches!(
-            SiteIdentity::load(&here),
-            Err(IdentityError::File {
-                operation: "open",
-                ..
-            })
-        ));
+        assert!(matches!(SiteIdentity::load(&here), Err(IdentityError::File { operation: "open", .. })));
     }
 
     #[test]
@@ -334,10 +280,7 @@ mod tests {
     #[test]
     fn names_and_debug_output_are_safe() {
         for bad in ["", "a\nb", "ä", &"n".repeat(65)] {
-            assert!(
-                matches!(SiteIdentity::generate(bad), Err(IdentityError::Name(_))),
-                "{bad:?}"
-            );
+            assert!(matches!(SiteIdentity::generate(bad), Err(IdentityError::Name(_))), "{bad:?}");
         }
         let identity = SiteIdentity::generate("az one").unwrap();
         assert!(!format!("{identity:?}").contains("PRIVATE"));

@@ -136,10 +136,7 @@ impl PinnedCertificate {
 
 impl fmt::Debug for PinnedCertificate {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter
-            .debug_tuple("PinnedCertificate")
-            .field(&self.fingerprint)
-            .finish()
+        formatter.debug_tuple("PinnedCertificate").field(&self.fingerprint).finish()
     }
 }
 
@@ -182,14 +179,9 @@ impl PinStore {
     /// [`PinError::Taken`] if another partner has the same certificate.
     pub fn insert(&self, partner: &str, certificate: PinnedCertificate) -> Result<(), PinError> {
         let mut pins = self.0.pins.write().unwrap_or_else(PoisonError::into_inner);
-        let taken = pins
-            .iter()
-            .find(|(name, pin)| **pin == certificate && name.as_str() != partner);
+        let taken = pins.iter().find(|(name, pin)| **pin == certificate && name.as_str() != partner);
         if let Some((name, pin)) = taken {
-            return Err(PinError::Taken {
-                partner: name.clone(),
-                fingerprint: pin.fingerprint,
-            });
+            return Err(PinError::Taken { partner: name.clone(), fingerprint: pin.fingerprint });
         }
         pins.insert(partner.to_owned(), certificate);
         drop(pins);
@@ -208,12 +200,7 @@ impl PinStore {
 
     /// The certificate pinned for `partner`.
     pub fn find(&self, partner: &str) -> Option<PinnedCertificate> {
-        self.0
-            .pins
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(partner)
-            .cloned()
+        self.0.pins.read().unwrap_or_else(PoisonError::into_inner).get(partner).cloned()
     }
 
     /// The partner that holds exactly this certificate.
@@ -226,10 +213,7 @@ impl PinStore {
     /// Returns when `partner` is no longer pinned to `fingerprint`.
     pub(crate) async fn until_unpinned(&self, partner: &str, fingerprint: Fingerprint) {
         let mut changes = self.0.changes.subscribe();
-        while self
-            .find(partner)
-            .is_some_and(|pin| pin.fingerprint == fingerprint)
-        {
+        while self.find(partner).is_some_and(|pin| pin.fingerprint == fingerprint) {
             if changes.changed().await.is_err() {
                 return;
             }
@@ -250,38 +234,17 @@ mod tests {
     fn texts_that_are_no_single_certificate_are_refused_by_kind() {
         let (one, two) = (certificate("a"), certificate("b"));
         assert!(PinnedCertificate::from_pem(&one).is_ok());
-        assert_eq!(
-            PinnedCertificate::from_pem("hello"),
-            Err(CertificateError::NotPem)
-        );
+        assert_eq!(PinnedCertificate::from_pem("hello"), Err(CertificateError::NotPem));
         assert_eq!(PinnedCertificate::from_pem(""), Err(CertificateError::NotPem));
-        assert_eq!(
-            PinnedCertificate::from_pem(&format!("{one}{two}")),
-            Err(CertificateError::Several(2))
-        );
+        assert_eq!(PinnedCertificate::from_pem(&format!("{one}{two}")), Err(CertificateError::Several(2)));
         let junk = "-----BEGIN CERTIFICATE-----\naGVsbG8=\n-----END CERTIFICATE-----\n";
-        assert!(matches!(
-            PinnedCertificate::from_pem(junk),
-            Err(CertificateError::NotX509(_))
-        ));
+        assert!(matches!(PinnedCertificate::from_pem(junk), Err(CertificateError::NotX509(_))));
         let key = "-----BEGIN PRIVATE KEY-----\naGVsbG8=\n-----END PRIVATE KEY-----\n";
-        assert!(matches!(
-            PinnedCertificate::from_pem(key),
-            Err(CertificateError::WrongKind(_))
-        ));
+        assert!(matches!(PinnedCertificate::from_pem(key), Err(CertificateError::WrongKind(_))));
         let torn = "-----BEGIN CERTIFICATE-----\naGVsbG8=\n";
-        assert!(
-            matches!(
-                PinnedCertificate::from_pem(torn),
-                Err(CertificateError::Damaged(_))
-            ),
-            "{torn}"
-        );
+        assert!(matches!(PinnedCertificate::from_pem(torn), Err(CertificateError::Damaged(_))), "{torn}");
         let long = "x".repeat(PEM_BYTES_MAX + 1);
-        assert!(matches!(
-            PinnedCertificate::from_pem(&long),
-            Err(CertificateError::TooLong(_))
-        ));
+        assert!(matches!(PinnedCertificate::from_pem(&long), Err(CertificateError::TooLong(_))));
     }
 
     #[test]
@@ -300,9 +263,6 @@ mod tests {
     #[test]
     fn the_fingerprint_is_the_sha256_of_the_der() {
         let text = Fingerprint::of(b"abc").to_string();
-        assert_eq!(
-            text,
-            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-        );
+        assert_eq!(text, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 }

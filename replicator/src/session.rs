@@ -147,11 +147,7 @@ impl Shared {
 
     /// Leaves the last event.
     fn close(&self, reason: CloseReason) {
-        let earlier = self
-            .closed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .replace(reason);
+        let earlier = self.closed.lock().unwrap_or_else(PoisonError::into_inner).replace(reason);
         assert!(earlier.is_none(), "a session ends once");
         self.ended.store(true, Ordering::Release);
         self.wake();
@@ -200,12 +196,7 @@ impl<T> Queued<T> {
             (queued == 0 || sum <= bytes_max).then_some(sum)
         };
         match counter(shared).fetch_update(Ordering::AcqRel, Ordering::Acquire, fits) {
-            Ok(_) => Ok(Self {
-                item,
-                bytes,
-                shared: Arc::clone(shared),
-                counter,
-            }),
+            Ok(_) => Ok(Self { item, bytes, shared: Arc::clone(shared), counter }),
             Err(_) => Err(item),
         }
     }
@@ -214,10 +205,7 @@ impl<T> Queued<T> {
 impl<T> Drop for Queued<T> {
     fn drop(&mut self) {
         let before = (self.counter)(&self.shared).fetch_sub(self.bytes, Ordering::AcqRel);
-        assert!(
-            before >= self.bytes,
-            "what leaves the queue was counted when it came"
-        );
+        assert!(before >= self.bytes, "what leaves the queue was counted when it came");
     }
 }
 
@@ -348,12 +336,7 @@ impl SessionHandle {
         if !ended {
             return None;
         }
-        let reason = self
-            .shared
-            .closed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()?;
+        let reason = self.shared.closed.lock().unwrap_or_else(PoisonError::into_inner).take()?;
         // Nothing follows the end.
         while self.cut_events.try_recv().is_ok() {}
         Some(SessionEvent::Closed { reason })
@@ -366,30 +349,16 @@ impl SessionHandle {
     pub fn try_send_control(&self, frame: Bytes) -> Result<(), Refused<Bytes>> {
         let bytes = match frame.len() {
             0 => {
-                return Err(Refused {
-                    refusal: Refusal::Empty,
-                    item: frame,
-                });
+                return Err(Refused { refusal: Refusal::Empty, item: frame });
             }
             length if length > self.control_bytes_max => {
-                return Err(Refused {
-                    refusal: Refusal::TooLong,
-                    item: frame,
-                });
+                return Err(Refused { refusal: Refusal::TooLong, item: frame });
             }
             length => u64::try_from(length).unwrap_or(u64::MAX),
         };
-        let queued = Queued::admit(
-            frame,
-            bytes,
-            CONTROL_QUEUE_BYTES_MAX,
-            &self.shared,
-            Shared::control_bytes,
-        )
-        .map_err(|item| Refused {
-            refusal: Refusal::Full,
-            item,
-        })?;
+        let queued =
+            Queued::admit(frame, bytes, CONTROL_QUEUE_BYTES_MAX, &self.shared, Shared::control_bytes)
+                .map_err(|item| Refused { refusal: Refusal::Full, item })?;
         self.control.try_send(queued).map_err(refused)
     }
 
@@ -399,10 +368,7 @@ impl SessionHandle {
     /// # Errors
     /// [`Refused`] hands the chunks back.
     pub fn try_send_cut(&self, chunks: Vec<Bytes>) -> Result<(), Refused<Vec<Bytes>>> {
-        let bytes: u64 = chunks
-            .iter()
-            .map(|chunk| u64::try_from(chunk.len()).unwrap_or(u64::MAX))
-            .sum();
+        let bytes: u64 = chunks.iter().map(|chunk| u64::try_from(chunk.len()).unwrap_or(u64::MAX)).sum();
         let refusal = match bytes {
             _ if !self.dialed => Some(Refusal::WrongSide),
             0 => Some(Refusal::Empty),
@@ -410,22 +376,10 @@ impl SessionHandle {
             _ => None,
         };
         if let Some(refusal) = refusal {
-            return Err(Refused {
-                refusal,
-                item: chunks,
-            });
+            return Err(Refused { refusal, item: chunks });
         }
-        let queued = Queued::admit(
-            chunks,
-            bytes,
-            self.queued_cut_bytes_max,
-            &self.shared,
-            Shared::cut_bytes,
-        )
-        .map_err(|item| Refused {
-            refusal: Refusal::Full,
-            item,
-        })?;
+        let queued = Queued::admit(chunks, bytes, self.queued_cut_bytes_max, &self.shared, Shared::cut_bytes)
+            .map_err(|item| Refused { refusal: Refusal::Full, item })?;
         self.cuts.try_send(queued).map_err(refused)
     }
 
@@ -467,18 +421,13 @@ fn refused<T: Default>(error: TrySendError<Queued<T>>) -> Refused<T> {
         TrySendError::Full(queued) => (Refusal::Full, queued),
         TrySendError::Closed(queued) => (Refusal::Closed, queued),
     };
-    Refused {
-        refusal,
-        item: std::mem::take(&mut queued.item),
-    }
+    Refused { refusal, item: std::mem::take(&mut queued.item) }
 }
 
 /// A reason fit for a frame and a log line: valid UTF-8 without control characters, at most 256 bytes.
 pub(crate) fn clean_reason(bytes: &[u8]) -> String {
-    let mut text: String = String::from_utf8_lossy(bytes)
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
+    let mut text: String =
+        String::from_utf8_lossy(bytes).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     text.truncate(text.floor_char_boundary(REASON_BYTES_MAX));
     text
 }
@@ -488,16 +437,8 @@ mod tests {
     use super::*;
 
     fn pair(dialed: bool) -> (SessionHandle, DriverPorts) {
-        let settings = TransportSettings {
-            queued_cut_bytes_max: 1000,
-            ..Default::default()
-        };
-        SessionHandle::pair(
-            "west".to_owned(),
-            SocketAddr::from(([127, 0, 0, 1], 1)),
-            dialed,
-            &settings,
-        )
+        let settings = TransportSettings { queued_cut_bytes_max: 1000, ..Default::default() };
+        SessionHandle::pair("west".to_owned(), SocketAddr::from(([127, 0, 0, 1], 1)), dialed, &settings)
     }
 
     fn cut(bytes: usize) -> Vec<Bytes> {
@@ -531,74 +472,36 @@ mod tests {
     #[test]
     fn sends_that_can_never_work_are_refused_by_kind() {
         let (handle, _ports) = pair(false);
-        assert_eq!(
-            handle.try_send_cut(cut(1)).unwrap_err().refusal,
-            Refusal::WrongSide
-        );
-        assert_eq!(
-            handle.try_send_control(Bytes::new()).unwrap_err().refusal,
-            Refusal::Empty
-        );
+        assert_eq!(handle.try_send_cut(cut(1)).unwrap_err().refusal, Refusal::WrongSide);
+        assert_eq!(handle.try_send_control(Bytes::new()).unwrap_err().refusal, Refusal::Empty);
         let long = Bytes::from(vec![0; (1 << 20) + 1]);
-        assert_eq!(
-            handle.try_send_control(long).unwrap_err().refusal,
-            Refusal::TooLong
-        );
+        assert_eq!(handle.try_send_control(long).unwrap_err().refusal, Refusal::TooLong);
         let (handle, _ports) = pair(true);
-        assert_eq!(
-            handle.try_send_cut(cut((8 << 20) + 1)).unwrap_err().refusal,
-            Refusal::TooLong
-        );
+        assert_eq!(handle.try_send_cut(cut((8 << 20) + 1)).unwrap_err().refusal, Refusal::TooLong);
     }
 
     #[test]
     fn control_frames_are_bounded_in_number_and_bytes() {
         let (handle, _ports) = pair(true);
         let small = Bytes::from_static(b"x");
-        let sent = (0..1000)
-            .take_while(|_| handle.try_send_control(small.clone()).is_ok())
-            .count();
+        let sent = (0..1000).take_while(|_| handle.try_send_control(small.clone()).is_ok()).count();
         assert_eq!(sent, CONTROL_QUEUE_FRAMES);
         let (handle, _ports) = pair(true);
         let large = Bytes::from(vec![0; 1 << 20]);
-        assert_eq!(
-            (0..1000)
-                .take_while(|_| handle.try_send_control(large.clone()).is_ok())
-                .count(),
-            8
-        );
+        assert_eq!((0..1000).take_while(|_| handle.try_send_control(large.clone()).is_ok()).count(), 8);
     }
 
     #[test]
     fn the_end_comes_last_and_once() {
         let (mut handle, ports) = pair(false);
         ports.cut_events.try_send(Bytes::from_static(b"cut")).unwrap();
-        ports
-            .control_events
-            .try_send(Bytes::from_static(b"frame"))
-            .unwrap();
-        let DriverPorts {
-            end,
-            control_events,
-            cut_events,
-            ..
-        } = ports;
+        ports.control_events.try_send(Bytes::from_static(b"frame")).unwrap();
+        let DriverPorts { end, control_events, cut_events, .. } = ports;
         drop((control_events, cut_events));
         end.close(CloseReason::LinkLost);
-        assert_eq!(
-            handle.try_next(),
-            Some(SessionEvent::Control(Bytes::from_static(b"frame")))
-        );
-        assert_eq!(
-            handle.try_next(),
-            Some(SessionEvent::Cut(Bytes::from_static(b"cut")))
-        );
-        assert_eq!(
-            handle.try_next(),
-            Some(SessionEvent::Closed {
-                reason: CloseReason::LinkLost
-            })
-        );
+        assert_eq!(handle.try_next(), Some(SessionEvent::Control(Bytes::from_static(b"frame"))));
+        assert_eq!(handle.try_next(), Some(SessionEvent::Cut(Bytes::from_static(b"cut"))));
+        assert_eq!(handle.try_next(), Some(SessionEvent::Closed { reason: CloseReason::LinkLost }));
         assert_eq!(handle.try_next(), None);
         assert_eq!(handle.try_next_control(), None);
     }
@@ -609,10 +512,7 @@ mod tests {
         ports.cut_events.try_send(Bytes::from_static(b"cut")).unwrap();
         assert_eq!(handle.try_next_control(), None);
         drop(ports);
-        assert!(matches!(
-            handle.try_next_control(),
-            Some(SessionEvent::Closed { .. })
-        ));
+        assert!(matches!(handle.try_next_control(), Some(SessionEvent::Closed { .. })));
         assert_eq!(handle.try_next(), None);
     }
 
@@ -620,9 +520,6 @@ mod tests {
     fn reasons_are_cut_at_a_character_and_cleaned() {
         assert_eq!(clean_reason(b"a\nb\xff"), "a b\u{fffd}");
         assert_eq!(clean_reason("ä".repeat(200).as_bytes()).len(), 256);
-        assert_eq!(
-            clean_reason(format!("x{}", "ä".repeat(200)).as_bytes()).len(),
-            255
-        );
+        assert_eq!(clean_reason(format!("x{}", "ä".repeat(200)).as_bytes()).len(), 255);
     }
 }

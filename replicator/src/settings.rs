@@ -10,6 +10,15 @@ use quinn::{IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 /// every full batch would be dropped (EMSGSIZE, which quinn takes for a lost MTU probe).
 const UDP_PAYLOAD_BYTES_MAX: u16 = 65_507 / 10;
 
+/// Streams that carry the cuts of a session in turn; part of the protocol (docs/protocols/transport.md).
+pub(crate) const DATA_STREAMS: u8 = 16;
+/// What one stream may have in flight. quinn-proto ends the connection ("too many gaps in stream buffer") when a
+/// stream's received data lies in more than 1024 pieces; with packets of 1200 bytes this window holds 1710, thus
+/// at most 855 pieces, whatever the loss. One stream with a window for a long fat link dies on a lossy one.
+const STREAM_WINDOW_BYTES_MAX: u32 = 1920 << 10;
+/// The part of a session's receive window that cuts cannot take.
+const CONTROL_WINDOW_BYTES: u32 = 2 << 20;
+
 /// Bytes in flight before the first acknowledgement: ten of the largest packets, as RFC 9002 section 7.2 counts
 /// them. quinn counts 1200-byte packets, so that its own first MTU probe would fill the window.
 const INITIAL_WINDOW_BYTES: u64 = 64 << 10;
@@ -29,11 +38,12 @@ pub enum Congestion {
 /// The transport's settings. The defaults carry 200 MB/s at a round trip of 20 ms with room for four times that.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TransportSettings {
-    /// Bytes that the peer may send on one stream ahead of our reading. 200 MB/s x 20 ms = 4 MB in flight; 16 MiB.
-    pub stream_receive_window_bytes: u32,
-    /// The same over all streams of a session: control frames must pass beside a full data stream. 32 MiB.
+    /// Bytes that the peer may send in a session ahead of our reading; over it the peer stops. 200 MB/s at 20 ms is
+    /// 4 MB in flight, and what follows a lost packet waits here for a round trip or two. 32 MiB: 2 MiB for control
+    /// frames, the rest in equal parts for the data streams, each at most 1.875 MiB.
     pub receive_window_bytes: u32,
-    /// Bytes that QUIC keeps for a session until the peer has acknowledged them. 32 MiB.
+    /// Bytes that QUIC keeps for a session until the peer has acknowledged them. 32 MiB, as the
+    /// partner's receive window: with less, control frames wait behind cuts.
     pub send_window_bytes: u32,
     /// Bytes of cuts that may wait for QUIC in a session before sends are refused as full. 16 MiB.
     pub queued_cut_bytes_max: u32,
@@ -63,7 +73,6 @@ pub struct TransportSettings {
 impl Default for TransportSettings {
     fn default() -> Self {
         Self {
-            stream_receive_window_bytes: 16 << 20,
             receive_window_bytes: 32 << 20,
             send_window_bytes: 32 << 20,
             queued_cut_bytes_max: 16 << 20,
@@ -97,36 +106,11 @@ impl TransportSettings {
     /// The first setting that does not, with its rule.
     pub fn check(&self) -> Result<(), SettingsError> {
         let rules = [
-            (
-                self.control_frame_bytes_max >= 1,
-                "control_frame_bytes_max",
-                "it must be at least 1",
-            ),
-            (
-                self.cut_bytes_max >= 256,
-                "cut_bytes_max",
-                "it must be at least a cut header, 256",
-            ),
-            (
-                self.stream_receive_window_bytes >= 64 << 10,
-                "stream_receive_window_bytes",
-                "it must be at least 64 KiB",
-            ),
-            (
-                self.receive_window_bytes > self.stream_receive_window_bytes,
-                "receive_window_bytes",
-                "it must exceed stream_receive_window_bytes, or a full data stream blocks control frames",
-            ),
-            (
-                self.send_window_bytes > self.stream_receive_window_bytes,
-                "send_window_bytes",
-                "it must exceed stream_receive_window_bytes, or a full data stream blocks control frames",
-            ),
-            (
-                self.queued_cut_bytes_max >= 1,
-                "queued_cut_bytes_max",
-                "it must be at least 1",
-            ),
+            (self.control_frame_bytes_max >= 1, "control_frame_bytes_max", "it must be at least 1"),
+            (self.cut_bytes_max >= 256, "cut_bytes_max", "it must be at least a cut header, 256"),
+            (self.receive_window_bytes >= 4 << 20, "receive_window_bytes", "it must be at least 4 MiB"),
+            (self.send_window_bytes >= 1 << 20, "send_window_bytes", "it must be at least 1 MiB"),
+            (self.queued_cut_bytes_max >= 1, "queued_cut_bytes_max", "it must be at least 1"),
             (
                 self.idle_timeout >= Duration::from_millis(100)
                     && self.idle_timeout <= Duration::from_secs(600),
@@ -138,16 +122,12 @@ impl TransportSettings {
                 "keep_alive_interval",
                 "it must be above 0 and below idle_timeout, or every quiet session ends",
             ),
-            (
-                !self.connect_timeout.is_zero(),
-                "connect_timeout",
-                "it must be above 0",
-            ),
+            (!self.connect_timeout.is_zero(), "connect_timeout", "it must be above 0"),
             (!self.initial_rtt.is_zero(), "initial_rtt", "it must be above 0"),
             (
-                self.udp_payload_bytes_max >= 1200,
+                (1200..=UDP_PAYLOAD_BYTES_MAX).contains(&self.udp_payload_bytes_max),
                 "udp_payload_bytes_max",
-                "QUIC needs at least 1200",
+                "it must be 1200 to 6550",
             ),
         ];
         match rules.into_iter().find(|(holds, ..)| !holds) {
@@ -156,18 +136,27 @@ impl TransportSettings {
         }
     }
 
-    /// The quinn configuration of one side; `streams` is how many streams of each kind the peer may open.
-    pub(crate) fn transport(&self, streams: u8) -> Arc<TransportConfig> {
+    /// The receive window of each data stream: all together leave room for control frames.
+    fn stream_window_bytes(&self) -> u32 {
+        let share = self.receive_window_bytes.saturating_sub(CONTROL_WINDOW_BYTES) / u32::from(DATA_STREAMS);
+        share.min(STREAM_WINDOW_BYTES_MAX)
+    }
+
+    /// The quinn configuration of the side that dials, which takes no streams of the peer, or accepts them.
+    pub(crate) fn transport(&self, accepts: bool) -> Arc<TransportConfig> {
+        let (control, data) = if accepts { (1_u8, DATA_STREAMS) } else { (0, 0) };
         let mut config = TransportConfig::default();
         let mut discovery = MtuDiscoveryConfig::default();
         discovery.upper_bound(self.udp_payload_bytes_max);
         let idle = u32::try_from(self.idle_timeout.as_millis()).unwrap_or(u32::MAX);
         config
-            .max_concurrent_bidi_streams(streams.into())
-            .max_concurrent_uni_streams(streams.into())
+            .max_concurrent_bidi_streams(control.into())
+            .max_concurrent_uni_streams(data.into())
             .datagram_receive_buffer_size(None)
-            .stream_receive_window(self.stream_receive_window_bytes.into())
+            .stream_receive_window(self.stream_window_bytes().into())
             .receive_window(self.receive_window_bytes.into())
+            // Cuts leave in the order in which they were written, so the next one is complete first.
+            .send_fairness(false)
             .send_window(self.send_window_bytes.into())
             .initial_rtt(self.initial_rtt)
             .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(idle))))
@@ -201,15 +190,18 @@ mod tests {
     #[test]
     fn defaults_are_in_range_and_a_setting_that_cannot_work_is_named() {
         TransportSettings::default().check().unwrap();
-        let bad = TransportSettings {
-            keep_alive_interval: Duration::from_secs(11),
-            ..Default::default()
-        };
+        let bad = TransportSettings { keep_alive_interval: Duration::from_secs(11), ..Default::default() };
         assert_eq!(bad.check().unwrap_err().setting, "keep_alive_interval");
-        let bad = TransportSettings {
-            receive_window_bytes: 16 << 20,
-            ..Default::default()
-        };
+        let bad = TransportSettings { receive_window_bytes: 1 << 20, ..Default::default() };
         assert_eq!(bad.check().unwrap_err().setting, "receive_window_bytes");
+    }
+    #[test]
+    fn data_streams_never_take_the_whole_receive_window() {
+        for receive_window_bytes in [4 << 20, 5_000_000, 32 << 20, u32::MAX] {
+            let settings = TransportSettings { receive_window_bytes, ..Default::default() };
+            settings.check().unwrap();
+            let data = u64::from(settings.stream_window_bytes()) * u64::from(DATA_STREAMS);
+            assert!(data + u64::from(CONTROL_WINDOW_BYTES) <= u64::from(receive_window_bytes));
+        }
     }
 }

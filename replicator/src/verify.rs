@@ -109,20 +109,12 @@ impl PinVerifier {
     /// For a dial: the peer must be this partner.
     pub(crate) fn partner(name: &str, pin: PinnedCertificate, provider: Arc<CryptoProvider>) -> Arc<Self> {
         let accepted = Accepted::Partner(name.to_owned(), pin);
-        Arc::new(Self {
-            accepted,
-            provider,
-            refusal: OnceLock::new(),
-        })
+        Arc::new(Self { accepted, provider, refusal: OnceLock::new() })
     }
 
     /// For an incoming connection: any partner.
     pub(crate) fn any_partner(pins: PinStore, provider: Arc<CryptoProvider>) -> Arc<Self> {
-        Arc::new(Self {
-            accepted: Accepted::AnyPartner(pins),
-            provider,
-            refusal: OnceLock::new(),
-        })
+        Arc::new(Self { accepted: Accepted::AnyPartner(pins), provider, refusal: OnceLock::new() })
     }
 
     /// The certificate that was refused, if one was.
@@ -137,10 +129,7 @@ impl PinVerifier {
             Accepted::AnyPartner(pins) if pins.owner_of(presented).is_some() => return Ok(()),
             Accepted::AnyPartner(_) => None,
         };
-        let refusal = CertificateRefusal {
-            presented: Fingerprint::of(presented),
-            expected,
-        };
+        let refusal = CertificateRefusal { presented: Fingerprint::of(presented), expected };
         let refusal = self.refusal.get_or_init(|| refusal).clone();
         Err(CertificateError::Other(OtherError(Arc::new(refusal))).into())
     }
@@ -160,9 +149,7 @@ impl PinVerifier {
     }
 
     fn schemes(&self) -> Vec<SignatureScheme> {
-        self.provider
-            .signature_verification_algorithms
-            .supported_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

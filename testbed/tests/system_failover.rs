@@ -94,8 +94,8 @@ fn a_failover_under_load_serves_a_prefix_in_order() -> Result<()> {
 
 /// If the new primary waits for an operator because of orphaned writes, gives the verb.
 fn start_where_asked(pair: &Pair) -> Result<()> {
-    let settled = |view: &Value| view["connected"] == true || view["needs_start"] == true;
-    let view = pair.east.wait_for_mirror("connected", TIMEOUT, settled)?;
+    let settled = |view: &Value| view["synchronized"] == true || view["needs_start"] == true;
+    let view = pair.east.wait_for_mirror("compared", TIMEOUT, settled)?;
     if view.get("needs_start") == Some(&Value::Bool(true)) {
         pair.east.run("mirror start mirror --primary local")?;
     }

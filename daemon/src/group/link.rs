@@ -336,9 +336,9 @@ impl Primary {
         }
     }
 
-    /// An operator allowed the partner's own writes to be overwritten.
+    /// An operator allowed the partner's own writes to be overwritten; what is not compared yet is compared in the pass.
     pub(super) fn approve(&mut self, out: &mut Outbox) {
-        if self.gate == Gate::Approval {
+        if self.gate != Gate::Open {
             self.gate = Gate::Open;
             self.start_pass(false, out);
             if let Some(session) = self.session() {

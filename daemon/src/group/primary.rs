@@ -317,7 +317,7 @@ impl Primary {
         {
             self.folded_from = Some(sequence);
             out.log(
-                Loudness::Warn,
+                Loudness::Info,
                 format!(
                     "the ring is full: from sequence {sequence} on, changed blocks are kept in the dirty map"
                 ),
@@ -353,6 +353,11 @@ impl Primary {
             Loudness::Error,
             format!("a write failed at home: sequence {sequence} is void, its blocks are copied"),
         );
+    }
+
+    /// The sequence of a home write that has not ended.
+    pub(super) fn sequence_of(&self, volume: VolumeIndex, step: StepId) -> Option<Sequence> {
+        self.steps.get(&(volume, step)).copied()
     }
 
     /// The last sequence with every one before it ended at home.

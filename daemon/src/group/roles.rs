@@ -483,7 +483,7 @@ impl Group {
         mirror.redo = Some((log, checkpoint));
         mirror.machine = Machine::Primary(Box::new(primary));
         self.out.log(
-            Loudness::Warn,
+            Loudness::Info,
             format!(
                 "this side was promoted: it is the primary of epoch {} from position {} on",
                 mirror.state.epoch.0,
@@ -533,7 +533,7 @@ impl Group {
         let Machine::Primary(primary) = &mirror.machine else {
             return Ok(());
         };
-        if primary.gate == Gate::Approval || matches!(primary.link, Link::Halted { .. }) {
+        if primary.gate != Gate::Open || matches!(primary.link, Link::Halted { .. }) {
             mirror.changes.push_back(StateChange::Approve);
         }
         if local && !self.presented {

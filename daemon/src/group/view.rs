@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use block::{ByteCount, Monotonic, Position, WallTime};
+use block::{ByteCount, Monotonic, Position, Sequence, VolumeIndex, WallTime};
+use engine::StepId;
 use protocol::{JournalTier, MirrorState, Role};
 
 use super::primary::{Gate, Link, Primary};
@@ -121,6 +122,14 @@ impl Group {
                 memory: ByteCount(0),
             },
         })
+    }
+
+    /// The sequence of a host's write that is on its way home.
+    pub fn sequence_of(&self, volume: VolumeIndex, step: StepId) -> Option<Sequence> {
+        match &self.mirror.as_ref()?.machine {
+            Machine::Primary(primary) => primary.sequence_of(volume, step),
+            Machine::Secondary(_) | Machine::Changing(_) => None,
+        }
     }
 
     /// The durable state of the mirror.

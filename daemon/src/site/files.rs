@@ -1,7 +1,7 @@
 //! The files of volumes and mirrors: opened, created and read at a start. Blocking; not for the data path.
 //!
 //! A volume's folder holds `data` (home) and, if it is mirrored, `intent`. A mirror's folder, `mirrors/ID` in the data
-//! directory, holds `checkpoint`, `segment-NNNN` and, after a clean stop of a primary, `clean`
+//! directory, holds `checkpoint`, `redo-NNNN` and, after a clean stop of a primary, `clean`
 //! (docs/formats/mirror-files.md).
 
 use std::fs;
@@ -108,7 +108,7 @@ pub(super) fn mirror_folder(data_dir: &Path, mirror: MirrorId) -> PathBuf {
 }
 
 fn segment_path(folder: &Path, index: u32) -> PathBuf {
-    folder.join(format!("segment-{index:04}"))
+    folder.join(format!("redo-{index:04}"))
 }
 
 /// Makes a mirror's redo log; its folder is new.

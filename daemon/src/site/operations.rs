@@ -169,8 +169,9 @@ impl Operations for Operator {
         let site = Arc::clone(&self.0);
         let partner =
             tokio::task::spawn_blocking(move || site.store_partner(add)).await.map_err(internal)??;
-        let answers = self.ping(&partner).await;
-        Ok(self.partner_view(&partner, answers))
+        // Not asked now: the partner does not know this site before the same was done there.
+        let unasked = Err("not asked yet: see 'farshore partner show' when both sites know each other".to_owned());
+        Ok(self.partner_view(&partner, unasked))
     }
 
     async fn partner_list(&self) -> Outcome<Vec<PartnerView>> {

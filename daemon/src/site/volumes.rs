@@ -37,12 +37,6 @@ impl From<FilesError> for OperationError {
     }
 }
 
-impl From<store::FileError> for OperationError {
-    fn from(error: store::FileError) -> Self {
-        Self::new(ProblemKind::Refused, error.to_string())
-    }
-}
-
 impl Site {
     /// Opens every volume and mirror of the catalogue and gives them to the shards. What cannot be opened is reported
     /// and stays offline; the rest is served.
@@ -273,7 +267,10 @@ impl Site {
         let folder =
             self.catalogue().reserve_volume(record.clone()).map_err(|error| self.conflict(record, error))?;
         let made = make_home(&folder, record.size, record.cache == Cache::None)
-            .map_err(OperationError::from)
+            .map_err(|error| {
+                let detail = format!("volume '{}' cannot be made: {error}", record.name);
+                problem(ProblemKind::Refused, detail)
+            })
             .and_then(|home| Ok(self.catalogue().commit_volume(record.id).map(|()| home)?));
         if made.is_err()
             && let Err(error) = self.catalogue().discard_volume(record.id)

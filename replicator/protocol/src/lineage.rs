@@ -10,8 +10,9 @@ use block::{Epoch, Incarnation, Position, Sequence, SiteId, Tip};
 use crate::codec::{CodecError, Reader, Writer};
 use crate::message::{Hello, decode_forks, encode_forks};
 
-/// Promotions that a history remembers; a mirror that forked more often must be made anew.
-pub(crate) const FORKS_MAX: usize = 1024;
+/// Promotions that a history remembers: 64 bytes each, so that a state fits into a volume's header. A side that missed
+/// more of them is compared in full.
+pub(crate) const FORKS_MAX: usize = 100;
 
 const STATE_VERSION: u16 = 1;
 
@@ -191,10 +192,7 @@ impl GroupState {
     /// The state after promoting this site at `tip`: the epoch rises and the fork is remembered.
     pub fn promoted(&self, site: SiteId, tip: Position) -> Self {
         let epoch = self.epoch.next();
-        let mut forks = self.forks.clone();
-        forks.push(Fork { epoch, origin: site, at: tip });
-        let excess = forks.len().saturating_sub(FORKS_MAX);
-        forks.drain(..excess);
+        let forks = self.forked(Fork { epoch, origin: site, at: tip });
         Self {
             role: Role::Primary,
             epoch,
@@ -213,9 +211,16 @@ impl GroupState {
     /// If the epoch is not higher.
     pub fn fenced(&self, epoch: Epoch, origin: SiteId, fork: Position) -> Self {
         assert!(epoch > self.epoch, "only a higher epoch fences");
+        Self { forks: self.forked(Fork { epoch, origin, at: fork }), ..self.heard(epoch, origin) }
+    }
+
+    /// The history with one more fork; the oldest are forgotten beyond the bound.
+    fn forked(&self, fork: Fork) -> Vec<Fork> {
         let mut forks = self.forks.clone();
-        forks.push(Fork { epoch, origin, at: fork });
-        Self { forks, ..self.heard(epoch, origin) }
+        forks.push(fork);
+        let excess = forks.len().saturating_sub(FORKS_MAX);
+        forks.drain(..excess);
+        forks
     }
 
     fn heard(&self, epoch: Epoch, origin: SiteId) -> Self {
