@@ -1,6 +1,6 @@
 //! Measures one session on loopback: MB/s and CPU for cuts of 1 MiB, optionally over an emulated link.
 //!
-//! `cargo run --release -p farshore-replicator --example throughput -- [cubic|bbr|new-reno] [MTU] [ONE-WAY-MS] [LOSS-PER-10000] [RATE-MB-PER-S]`
+//! `cargo run --release -p farshore-replicator --example throughput -- [bbr|cubic|new-reno] [MTU] [ONE-WAY-MS] [LOSS-PER-10000] [RATE-MB-PER-S]`
 //!
 //! The emulated link is a relay in this process (delay, random loss, a rate with a queue of 10 ms that drops what
 //! is over); it costs CPU of its own, so its figures compare settings with each other only.
@@ -29,8 +29,8 @@ fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let number = |index: usize, default: u64| arguments.get(index).map_or(Ok(default), |text| text.parse());
     let congestion = match arguments.first().map(String::as_str) {
-        None | Some("cubic") => Congestion::Cubic,
-        Some("bbr") => Congestion::Bbr,
+        None | Some("bbr") => Congestion::Bbr,
+        Some("cubic") => Congestion::Cubic,
         Some("new-reno") => Congestion::NewReno,
         Some(other) => return Err(format!("no congestion controller is called '{other}'").into()),
     };

@@ -223,6 +223,12 @@ impl Volume {
         self.turn(now);
     }
 
+    /// A flush that no command asked for failed: the volume is poisoned.
+    pub fn flush_failed(&mut self, now: Monotonic) {
+        self.poison();
+        self.turn(now);
+    }
+
     /// Asks for a range to be kept from writes, to copy it in the write order; `CopyReady` says when it is.
     ///
     /// # Panics

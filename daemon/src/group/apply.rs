@@ -102,6 +102,9 @@ impl Applying {
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
+        if !self.is_idle() {
+            return None;
+        }
         let flush = self.unflushed_since.map(|since| since + FLUSH_INTERVAL);
         self.paused_until.or(flush)
     }

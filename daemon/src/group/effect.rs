@@ -298,6 +298,11 @@ impl Outbox {
         self.pending.remove(&io)
     }
 
+    /// The answers of these requests are not wanted any more: whoever asked is gone.
+    pub(super) fn forget(&mut self, unwanted: impl Fn(&Purpose) -> bool) {
+        self.pending.retain(|_, purpose| !unwanted(purpose));
+    }
+
     pub(super) fn waits_for(&self, wanted: impl Fn(&Purpose) -> bool) -> bool {
         self.pending.values().any(wanted)
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use block::{ByteCount, ByteRange, Monotonic, Position, Sequence, VolumeIndex, WallTime};
+use block::{ByteCount, ByteRange, Monotonic, Position, Sequence, VolumeIndex};
 use engine::dirty_map::DirtyMap;
 use protocol::GroupState;
 use protocol::{
@@ -24,8 +24,10 @@ pub(super) enum LinkNews {
     Nothing,
     /// The partner answered: a primary that waited for it may serve hosts.
     Heard,
-    /// The target holds its first complete image.
+    /// The target holds a complete image of this lineage.
     Complete,
+    /// Both.
+    HeardComplete,
     /// The partner is of a higher epoch: this side must fence itself.
     Fenced(Box<Refuse>),
 }
@@ -47,6 +49,7 @@ impl Primary {
         session: SessionId,
         settings: &MirrorSettings,
         state: &GroupState,
+        now: Monotonic,
         out: &mut Outbox,
     ) {
         if !matches!(self.link, Link::Dialing { .. }) {
@@ -59,8 +62,9 @@ impl Primary {
             position: self.position(),
             forks: state.forks.clone(),
             volumes: settings.volumes.iter().map(|volume| (volume.id, volume.size)).collect(),
-            echo: self.echo,
+            echo: self.newest_echo(),
         };
+        self.greeted_at = now;
         out.push(Effect::Send { session, frame: Message::Hello(hello).encode() });
         self.link = Link::Greeting { session };
     }
@@ -131,7 +135,7 @@ impl Primary {
         out: &mut Outbox,
     ) -> LinkNews {
         match message {
-            Message::Welcome(welcome) => self.welcomed(session, &welcome, settings, state, now, out),
+            Message::Welcome(welcome) => self.welcomed(session, &welcome, settings, state, out),
             Message::Refuse(refuse) => self.refused(refuse, state, now, out),
             Message::Ack(ack) => self.acknowledged(&ack, state, now, out),
             Message::HashReply(reply) => {
@@ -194,7 +198,6 @@ impl Primary {
         welcome: &Welcome,
         settings: &MirrorSettings,
         state: &GroupState,
-        now: Monotonic,
         out: &mut Outbox,
     ) -> LinkNews {
         if self.link != (Link::Greeting { session }) {
@@ -212,24 +215,28 @@ impl Primary {
         self.link = Link::Up { session };
         self.trouble = None;
         self.hear_clock(welcome.clock);
+        let mut news = LinkNews::Heard;
         match plan {
             ResumePlan::SameIncarnation if self.chain.is_some() => {
-                if !self.resume_incarnation(welcome, state, now, out) {
-                    return self.unrelated(settings, state, welcome, out);
+                match self.resume_incarnation(welcome, state, out) {
+                    Some(true) => news = LinkNews::HeardComplete,
+                    Some(false) => {}
+                    None => return self.unrelated(settings, state, welcome, out),
                 }
             }
             ResumePlan::SameIncarnation | ResumePlan::Ancestor => {
-                let forked = welcome.tip.position.epoch < state.epoch;
-                self.resume_ancestor(welcome, forked.then_some(settings), now, out);
+                // An image that never was complete gets what the intent map and the dirty map name: that is all.
+                let forked = welcome.tip.position.epoch < state.epoch && welcome.consistent;
+                self.resume_ancestor(welcome, forked.then_some(settings), out);
             }
-            ResumePlan::Diverged => self.resume_diverged(welcome, state, now, out),
+            ResumePlan::Diverged => self.resume_diverged(welcome, state, out),
             ResumePlan::Unrelated => return self.unrelated(settings, state, welcome, out),
         }
         out.log(
             Loudness::Info,
             format!("the partner answered: its image is at position {}", welcome.tip.position),
         );
-        LinkNews::Heard
+        news
     }
 
     /// The tip is in no known history: nothing is overwritten until an operator says so, then everything is compared.
@@ -277,24 +284,26 @@ impl Primary {
         &mut self,
         welcome: &Welcome,
         compare_all: Option<&MirrorSettings>,
-        now: Monotonic,
         out: &mut Outbox,
     ) {
         if let Some(settings) = compare_all {
             self.compare_everything(settings);
         }
-        self.inherit_age(welcome.age_bound_ms, now);
+        self.inherit_age(welcome.age_bound_ms);
         self.begin_anew(welcome, out);
     }
 
-    fn inherit_age(&mut self, age_bound_ms: Option<u64>, now: Monotonic) {
-        let age = Duration::from_millis(age_bound_ms.unwrap_or(0));
-        let nanos = u64::try_from(age.as_nanos()).unwrap_or(u64::MAX);
-        self.rpo.inherit(Monotonic(now.0.saturating_sub(nanos)));
+    /// A restarted primary learns from its target how old the writes can be that it lacks.
+    fn inherit_age(&mut self, age_bound_ms: Option<u64>) {
+        if let Some(age) = age_bound_ms.filter(|_| self.rpo.is_unknown()) {
+            // The target told its age after the hello had left.
+            let nanos = age.saturating_mul(1_000_000);
+            self.rpo.inherit(Monotonic(self.greeted_at.0.saturating_sub(nanos)));
+        }
     }
 
-    fn resume_diverged(&mut self, welcome: &Welcome, state: &GroupState, now: Monotonic, out: &mut Outbox) {
-        self.inherit_age(welcome.age_bound_ms, now);
+    fn resume_diverged(&mut self, welcome: &Welcome, state: &GroupState, out: &mut Outbox) {
+        self.inherit_age(welcome.age_bound_ms);
         self.orphaned = ByteCount(0);
         self.compare.add_partner_ranges(&welcome.compare);
         if state.overwrite_approved {
@@ -348,30 +357,35 @@ impl Primary {
         }
     }
 
-    /// Continues in the same incarnation. False if the target names a cut that this side never sent.
+    /// Continues in the same incarnation. True if the target's image turned complete meanwhile; `None` if the target
+    /// lost what it had acknowledged.
     fn resume_incarnation(
         &mut self,
         welcome: &Welcome,
         state: &GroupState,
-        now: Monotonic,
         out: &mut Outbox,
-    ) -> bool {
+    ) -> Option<bool> {
+        let mut complete = false;
         let staged =
             welcome.staged.filter(|(id, _)| self.pass.is_some_and(|pass| pass.id == *id)).map(|(_, tip)| tip);
         // What the target holds and this side has not heard of is as good as acknowledged.
         if let Some(outcome) = self.chain.as_mut().and_then(|chain| chain.acknowledged(&welcome.tip, false)) {
-            self.stored(outcome, state, now);
+            complete = self.stored(outcome, state) == LinkNews::Complete;
         }
         if let Some(tip) = staged
             && let Some(outcome) = self.chain.as_mut().and_then(|chain| chain.acknowledged(&tip, true))
         {
-            self.stored(outcome, state, now);
+            self.stored(outcome, state);
         }
-        let Some(chain) = &mut self.chain else {
-            return false;
-        };
+        let chain = self.chain.as_mut()?;
         if !chain.resume(&welcome.tip, staged.as_ref()) {
-            return false;
+            if welcome.tip.position.order(&chain.committed().position).is_lt() {
+                return None;
+            }
+            // A cut of this incarnation that the target had voided, and a crash brought back: it is a good prefix.
+            self.rpo.committed(welcome.tip.position.sequence);
+            self.begin_anew(welcome, out);
+            return Some(complete);
         }
         if let (Some((pass, _)), None, Link::Up { session }) = (welcome.staged, staged, &self.link) {
             out.push(Effect::Send { session: *session, frame: Message::AbortPass { pass }.encode() });
@@ -387,7 +401,7 @@ impl Primary {
             pass.commit = None;
             self.folded_from = None;
         }
-        true
+        Some(complete)
     }
 
     fn pass_refused(&mut self, pass: u64, missing: ByteCount, now: Monotonic, out: &mut Outbox) -> LinkNews {
@@ -402,15 +416,11 @@ impl Primary {
         LinkNews::Nothing
     }
 
-    fn hear_clock(&mut self, clock: WallTime) {
-        self.echo = self.echo.max(clock);
-    }
-
     fn acknowledged(&mut self, ack: &Ack, state: &GroupState, now: Monotonic, out: &mut Outbox) -> LinkNews {
         self.hear_clock(ack.clock);
         let outcome = self.chain.as_mut().and_then(|chain| chain.acknowledged(&ack.tip, ack.staged));
         match outcome {
-            Some(outcome) => self.stored(outcome, state, now),
+            Some(outcome) => self.stored(outcome, state),
             None => {
                 let reason =
                     format!("the partner acknowledged position {} that was never sent", ack.tip.position);
@@ -422,7 +432,11 @@ impl Primary {
     }
 
     /// The target holds cuts on stable media: the ring releases them.
-    fn stored(&mut self, outcome: AckOutcome, state: &GroupState, now: Monotonic) -> LinkNews {
+    fn stored(&mut self, outcome: AckOutcome, state: &GroupState) -> LinkNews {
+        if !self.chain.as_ref().is_some_and(|chain| chain.stored().position.same_lineage(&self.start)) {
+            // A cut of an older incarnation, acknowledged again: its sequence says nothing of this one's.
+            return LinkNews::Nothing;
+        }
         let staging = self.pass.is_some_and(|pass| !pass.is_initial());
         let through = outcome.stored_through;
         if staging {
@@ -440,10 +454,10 @@ impl Primary {
         let Some(tip) = outcome.committed else {
             return LinkNews::Nothing;
         };
-        self.committed(tip.position, state, now)
+        self.committed(tip.position, state)
     }
 
-    fn committed(&mut self, position: Position, state: &GroupState, _now: Monotonic) -> LinkNews {
+    fn committed(&mut self, position: Position, state: &GroupState) -> LinkNews {
         let sequence = position.sequence;
         let closes = self.pass.and_then(|pass| pass.commit).is_some_and(|commit| commit <= sequence);
         if closes {

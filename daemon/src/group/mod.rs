@@ -108,7 +108,10 @@ impl RecoveredCuts {
             staged: recovered.staged_tip,
             staged_cuts: staged.iter().map(item).collect(),
             committed_cuts: committed.iter().map(item).collect(),
-            stamps: committed.last().map(|cut| (cut.meta.time, cut.meta.echo)),
+            stamps: committed.last().map(|last| {
+                let echo = committed.iter().map(|cut| cut.meta.echo).max();
+                (last.meta.time, echo.unwrap_or_default())
+            }),
         }
     }
 }
@@ -167,6 +170,8 @@ pub struct Group {
     out: Outbox,
     now: Monotonic,
     wall: WallTime,
+    /// The wall clock as long as this process runs, but never slower than the monotonic one: ages are told by it.
+    stamp: WallTime,
 }
 
 impl Group {
@@ -185,6 +190,7 @@ impl Group {
             out: Outbox::default(),
             now,
             wall: WallTime(0),
+            stamp: WallTime(0),
         }
     }
 
@@ -232,6 +238,7 @@ impl Group {
         now: Monotonic,
     ) {
         let OpenedMirror { intents, clean, redo, checkpoint } = opened;
+        let restarted = grace_until.is_some();
         for slot in &mut self.volumes {
             slot.config.mirrored = true;
             slot.volume.set_mirrored(true);
@@ -254,6 +261,9 @@ impl Group {
             let raised = mirror.state.clone();
             mirror.machine =
                 Machine::Primary(Box::new(Primary::new(&mirror.settings, &raised, intents, clean, now)));
+            if let (true, Machine::Primary(primary)) = (restarted, &mut mirror.machine) {
+                primary.rpo.lose();
+            }
             mirror.changes.push_back(StateChange::Incarnation);
         } else {
             let mut secondary = Secondary::new(redo.log, checkpoint, recovered);
@@ -293,6 +303,9 @@ impl Group {
 
     /// Tells the clocks; call before every other call of a turn.
     pub const fn set_clocks(&mut self, now: Monotonic, wall: WallTime) {
+        let passed = now.0.saturating_sub(self.now.0);
+        let stamp = self.stamp.0.saturating_add(passed);
+        self.stamp = if wall.0 > stamp { wall } else { WallTime(stamp) };
         self.now = now;
         self.wall = wall;
     }
@@ -349,6 +362,9 @@ impl Group {
         });
         if let Some(slot) = self.slot(volume) {
             slot.volume.prepared(now, step, result);
+            if slot.volume.is_poisoned() {
+                self.sealed.remove(&(volume, step));
+            }
         }
     }
 
@@ -392,8 +408,17 @@ impl Group {
             ),
         );
         if let Some(mirror) = &mut self.mirror {
-            mirror.end_incarnation();
+            mirror.end_incarnation(self.now, &mut self.out);
         }
+    }
+
+    /// A flush of home that no host asked for failed.
+    fn flush_failed(&mut self, volume: VolumeIndex) {
+        let now = self.now;
+        let Some(slot) = self.slot(volume) else { return };
+        let poisoned = slot.volume.is_poisoned();
+        slot.volume.flush_failed(now);
+        self.check_poison(volume, poisoned);
     }
 
     /// What to do next; `None` when everything is said.
@@ -489,7 +514,7 @@ impl Group {
 
     /// One turn of the mirror.
     fn turn(&mut self) {
-        let (now, wall) = (self.now, self.wall);
+        let (now, wall, stamp) = (self.now, self.wall, self.stamp);
         let Some(mirror) = &mut self.mirror else { return };
         mirror.next_change(now, &mut self.out);
         let mut copies = Vec::new();
@@ -504,7 +529,7 @@ impl Group {
                 primary.write_intent(&mut self.out);
             }
             Machine::Secondary(secondary) => {
-                secondary.turn(&mirror.settings, &mirror.state, now, wall, &mut self.out);
+                secondary.turn(&mirror.settings, &mirror.state, now, stamp, &mut self.out);
             }
             Machine::Changing(_) => {}
         }
@@ -532,14 +557,14 @@ impl Group {
     }
 
     fn finish_batch(&mut self) {
-        let wall = self.wall;
+        let stamp = self.stamp;
         let Some(mirror) = &mut self.mirror else { return };
         let Machine::Secondary(secondary) = &mut mirror.machine else {
             return;
         };
         match secondary.batch_completes(&mirror.state) {
             Some(TargetNews::Complete) => mirror.note_complete(),
-            Some(TargetNews::Nothing) => secondary.batch_counts(wall, &mut self.out),
+            Some(TargetNews::Nothing) => secondary.batch_counts(stamp, &mut self.out),
             None => {}
         }
     }
@@ -570,7 +595,7 @@ impl Group {
     pub fn dialed(&mut self, session: SessionId) {
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), settings, state, .. }) => {
-                primary.dialed(session, settings, state, &mut self.out);
+                primary.dialed(session, settings, state, self.now, &mut self.out);
             }
             Some(_) | None => {
                 self.out.push(Effect::CloseSession { session, reason: "not wanted any more".into() });
@@ -643,20 +668,26 @@ impl Group {
         match news {
             LinkNews::Nothing => {}
             LinkNews::Heard => self.partner_heard(),
-            LinkNews::Complete => {
-                if let Some(mirror) = &mut self.mirror {
-                    mirror.changes.push_back(StateChange::Complete);
-                }
+            LinkNews::Complete => self.target_complete(),
+            LinkNews::HeardComplete => {
+                self.target_complete();
+                self.partner_heard();
             }
             LinkNews::Fenced(refuse) => self.fence(StateChange::Fence(refuse)),
         }
     }
 
+    fn target_complete(&mut self) {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.note_complete();
+        }
+    }
+
     /// A cut of an open session.
     pub fn cut(&mut self, session: SessionId, bytes: Bytes) {
-        let wall = self.wall;
+        let stamp = self.stamp;
         if let Some(Mirror { machine: Machine::Secondary(secondary), settings, .. }) = &mut self.mirror {
-            secondary.receive(session, bytes, settings, wall, &mut self.out);
+            secondary.receive(session, bytes, settings, stamp, &mut self.out);
         }
     }
 
@@ -708,6 +739,9 @@ impl Group {
     }
 
     fn primary_io(&mut self, purpose: Purpose, result: Result<Bytes, IoFailure>) {
+        if let (Purpose::ClearFlush { volume, .. }, Err(_)) = (purpose, &result) {
+            return self.flush_failed(volume);
+        }
         let Some(Mirror { machine: Machine::Primary(primary), settings, .. }) = &mut self.mirror else {
             return;
         };

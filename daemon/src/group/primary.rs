@@ -25,6 +25,11 @@ use super::{CleanState, MirrorSettings};
 
 /// Cuts that may be on the way; more would only sit in the target's queue.
 const OUTSTANDING_CUTS_MAX: usize = 64;
+/// Blocks that could not be read are tried again after so long; the wait doubles up to the last.
+const BAD_WAIT_FIRST: Duration = Duration::from_secs(30);
+const BAD_WAIT_LAST: Duration = Duration::from_secs(3600);
+/// Stamps of the target's clock that are remembered.
+const ECHOES_MAX: usize = 64;
 /// An idle group sends an empty cut this often, so that the target can bound the age of its image.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
@@ -80,6 +85,8 @@ pub(super) struct PrimaryVolume {
     pub(super) current: DirtyMap,
     /// Blocks that this pass has only staged at the target.
     pub(super) next: DirtyMap,
+    /// Blocks that could not be read: the target keeps its old content of them. The next pass tries again.
+    pub(super) bad: DirtyMap,
 }
 
 struct WaitingWrite {
@@ -120,7 +127,10 @@ pub(super) struct Primary {
     pub(super) copying: Copying,
     pub(super) cut_due: Option<Monotonic>,
     last_cut: Monotonic,
-    pub(super) echo: WallTime,
+    /// Stamps of the target's clock, with the last sequence assigned when each was heard.
+    echoes: VecDeque<(Sequence, WallTime)>,
+    /// When the hello of the present session was sent.
+    pub(super) greeted_at: Monotonic,
     /// The last cut that the target committed, with the primary's stamp in it.
     pub(super) recovery_point: Option<(Position, WallTime)>,
     cut_times: VecDeque<(Sequence, WallTime)>,
@@ -129,6 +139,8 @@ pub(super) struct Primary {
     /// What a clean stop knew the target to hold: a tip below it means that the target lost data.
     pub(super) known_tip: Option<Position>,
     last_clear: Monotonic,
+    last_pass: Monotonic,
+    bad_wait: Duration,
 }
 
 impl Primary {
@@ -157,6 +169,7 @@ impl Primary {
                 intent,
                 current,
                 next: DirtyMap::default(),
+                bad: DirtyMap::default(),
             });
         }
         Self {
@@ -179,13 +192,16 @@ impl Primary {
             copying: Copying::default(),
             cut_due: None,
             last_cut: now,
-            echo: WallTime(0),
+            echoes: VecDeque::new(),
+            greeted_at: now,
             recovery_point: None,
             cut_times: VecDeque::new(),
             orphaned: ByteCount(0),
             trouble: None,
             known_tip: clean.and_then(|clean| clean.committed),
             last_clear: now,
+            last_pass: now,
+            bad_wait: BAD_WAIT_FIRST,
         }
     }
 
@@ -288,7 +304,9 @@ impl Primary {
         let sequence = self.take_sequence(now);
         self.in_flight.insert(sequence, InFlight { volume: write.volume, range: write.range });
         self.steps.insert((write.volume, write.step), sequence);
-        self.volume(write.volume).tracker.began(write.range, sequence);
+        let volume = self.volume(write.volume);
+        volume.tracker.began(write.range, sequence);
+        volume.bad.clear(write.range);
         let kind = match write.content {
             Content::Sealed => RecordKind::Write,
             Content::Zeros => RecordKind::Zero,
@@ -401,7 +419,8 @@ impl Primary {
             return;
         }
         self.start_pass_if_needed(out);
-        while self.chain.as_ref().is_some_and(|chain| chain.outstanding() < OUTSTANDING_CUTS_MAX) {
+        self.retry_bad(now, out);
+        while self.may_send() {
             let (after, limit) = (self.sent_through(), self.cut_limit());
             let through =
                 if limit > after { self.ring.last_through(after, limit, settings.cut_bytes) } else { after };
@@ -419,6 +438,24 @@ impl Primary {
             self.send_cut(settings, session, after, through, commits_pass, now, wall, out);
             self.start_pass_if_needed(out);
         }
+    }
+
+    /// Blocks that could not be read are tried again, ever more rarely.
+    fn retry_bad(&mut self, now: Monotonic, out: &mut Outbox) {
+        if self.pass.is_some() || self.folded_from.is_some() {
+            self.last_pass = now;
+        } else if self.volumes.iter().all(|volume| volume.bad.is_empty()) {
+            self.bad_wait = BAD_WAIT_FIRST;
+        } else if now.since(self.last_pass) >= self.bad_wait {
+            self.last_pass = now;
+            self.bad_wait = (self.bad_wait * 2).min(BAD_WAIT_LAST);
+            self.start_pass(false, out);
+        }
+    }
+
+    /// The window has room for a cut.
+    fn may_send(&self) -> bool {
+        self.chain.as_ref().is_some_and(|chain| chain.outstanding() < OUTSTANDING_CUTS_MAX)
     }
 
     #[expect(clippy::too_many_arguments, reason = "one caller; the cut's two ends and the clock readings")]
@@ -440,6 +477,9 @@ impl Primary {
         }
         if commits_pass && let Some(pass) = &mut self.pass {
             pass.commit = Some(through);
+        }
+        while self.echoes.get(1).is_some_and(|(heard, _)| *heard <= through) {
+            self.echoes.pop_front();
         }
         self.cut_times.push_back((through, wall));
         if self.cut_times.len() > 4 * OUTSTANDING_CUTS_MAX {
@@ -471,12 +511,39 @@ impl Primary {
             previous,
             pass: self.pass.filter(|_| staging).map_or(0, |pass| pass.id),
             time: wall,
-            echo: self.echo,
+            echo: self.echo_for(through),
             commit: commits_pass || !staging,
             initial,
         };
         let records: Vec<Record> = self.ring.records(after, through).cloned().collect();
         journal::encode(&meta, &records)
+    }
+
+    /// Notes a stamp of the target's clock: whatever takes a sequence from now on is acknowledged after it.
+    pub(super) fn hear_clock(&mut self, clock: WallTime) {
+        match self.echoes.back_mut() {
+            Some((_, newest)) if *newest >= clock => {}
+            Some((sequence, newest)) if *sequence == self.last => *newest = clock,
+            Some(_) | None => {
+                // An older stamp in its place is a looser bound, never a wrong one.
+                if self.echoes.len() >= ECHOES_MAX {
+                    self.echoes.pop_back();
+                }
+                self.echoes.push_back((self.last, clock));
+            }
+        }
+    }
+
+    /// The newest stamp heard.
+    pub(super) fn newest_echo(&self) -> WallTime {
+        self.echoes.back().map_or(WallTime(0), |(_, clock)| *clock)
+    }
+
+    /// The newest stamp that was heard before any write behind `through` took its sequence: so all that a target
+    /// with a cut that ends there can lack was acknowledged after that stamp.
+    fn echo_for(&self, through: Sequence) -> WallTime {
+        let fits = self.echoes.iter().rev().find(|(heard, _)| *heard <= through);
+        fits.map_or(WallTime(0), |(_, clock)| *clock)
     }
 
     /// The stamp of the cut that ended at `sequence`.
@@ -523,17 +590,20 @@ impl Primary {
         for volume in &mut self.volumes {
             let next = volume.next.take();
             volume.current.union(&next);
+            let bad = volume.bad.take();
+            volume.current.union(&bad);
         }
     }
 
     /// When the next cut, heartbeat or dial is due.
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
         match &self.link {
-            Link::Down { retry_at, .. } => Some(*retry_at),
-            Link::Up { .. } => {
-                let heartbeat = self.last_cut + HEARTBEAT;
-                Some(self.cut_due.map_or(heartbeat, |due| due.min(heartbeat)))
+            Link::Down { retry_at, .. } => self.admission_open.then_some(*retry_at),
+            Link::Up { .. } if self.gate == Gate::Open && self.may_send() => {
+                let heartbeat = self.pass.is_none().then(|| self.last_cut + HEARTBEAT);
+                self.cut_due.into_iter().chain(heartbeat).min()
             }
+            Link::Up { .. } => None,
             Link::Dialing { .. } | Link::Greeting { .. } | Link::Halted { .. } | Link::Stopped => None,
         }
     }
@@ -576,7 +646,8 @@ impl Primary {
         for region in volume.tracker.clearable(durable, settings.intent_budget_regions) {
             let bytes = settings.region_bytes;
             let range = ByteRange::new(region.saturating_mul(bytes), bytes).unwrap_or_default();
-            if !touches(&volume.current, range) && !touches(&volume.next, range) {
+            let maps = [&volume.current, &volume.next, &volume.bad];
+            if !maps.into_iter().any(|map| touches(map, range)) {
                 volume.intent.clear_region(region);
                 volume.tracker.cleared(region);
             }
@@ -607,9 +678,16 @@ impl Primary {
         self.steps.clear();
         self.last = Sequence(0);
         self.cut_times.clear();
+        let newest = self.newest_echo();
+        self.echoes.clear();
+        self.hear_clock(newest);
+        let unknown = self.rpo.is_unknown();
         let oldest = now.0.saturating_sub(u64::try_from(self.rpo.rpo(now).as_nanos()).unwrap_or(u64::MAX));
         self.rpo = RpoTracker::default();
         self.rpo.inherit(Monotonic(oldest));
+        if unknown {
+            self.rpo.lose();
+        }
         for (index, volume) in self.volumes.iter_mut().enumerate() {
             let index = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
             volume.tracker = inherited_regions(&volume.intent, &volume.current, volume.size, settings, now);

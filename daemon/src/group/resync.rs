@@ -65,7 +65,9 @@ impl Compare {
         }
     }
 
+    /// What the partner lists takes the place of what it listed before.
     pub(super) fn add_partner_ranges(&mut self, ranges: &[CompareRange]) {
+        self.queue.retain(|region| !region.orphan);
         for entry in ranges {
             self.add(entry.volume, entry.range, true);
         }
@@ -227,6 +229,8 @@ impl Primary {
         for volume in &mut self.volumes {
             let staged = volume.next.take();
             volume.current.union(&staged);
+            let bad = volume.bad.take();
+            volume.current.union(&bad);
         }
         self.folded_from = None;
         self.copying.cursor = Lba(0);
@@ -263,13 +267,15 @@ impl Primary {
             return planned;
         }
         let room = self.ring.budget().bytes_max / 2;
+        // A small ring takes small copies, so that some always fit.
+        let blocks = (room / 4 / DATA_UNIT_BYTES).clamp(1, COPY_BLOCKS);
         while self.copying.active.len() < COPIES_MAX {
             let taken = self.ring.bytes() + self.copying.bytes();
             let crowded = self.ring.record_count() >= self.ring.budget().records_max / 2;
-            if taken + COPY_BLOCKS * DATA_UNIT_BYTES > room || crowded {
+            if taken + blocks * DATA_UNIT_BYTES > room || crowded {
                 break;
             }
-            let Some((volume, range)) = self.next_dirty_run() else {
+            let Some((volume, range)) = self.next_dirty_run(blocks) else {
                 break;
             };
             self.volume(volume).current.clear(range);
@@ -279,8 +285,8 @@ impl Primary {
         planned
     }
 
-    fn next_dirty_run(&mut self) -> Option<(VolumeIndex, ByteRange)> {
-        let blocks = if self.copying.careful > 0 { 1 } else { COPY_BLOCKS };
+    fn next_dirty_run(&mut self, blocks_max: u64) -> Option<(VolumeIndex, ByteRange)> {
+        let blocks = if self.copying.careful > 0 { 1 } else { blocks_max };
         for start in [self.copying.cursor, Lba(0)] {
             for (index, volume) in self.volumes.iter().enumerate() {
                 if let Some((first, count)) = volume.current.next_run(start, BlockCount(blocks)) {
@@ -331,6 +337,9 @@ impl Primary {
         if self.ring.push(Record { sequence, volume, kind, range, payload }).is_err() {
             self.volume(volume).current.set(range);
             return copy.step;
+        }
+        if kind == RecordKind::Bad {
+            self.volume(volume).bad.set(range);
         }
         let taken = self.take_sequence(now);
         assert_eq!(taken, sequence, "sequences are assigned one by one");

@@ -47,7 +47,7 @@ pub(super) enum Transition {
     /// The machine is being built.
     Opening,
     /// An old primary becomes a secondary.
-    Fencing { stage: FenceStage, intents: Vec<IntentMap> },
+    Fencing { stage: FenceStage },
     /// A secondary becomes the primary.
     Promoting { secondary: Box<Secondary>, stage: PromoteStage },
 }
@@ -81,7 +81,8 @@ impl Transition {
 
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
         match self {
-            Self::Promoting { secondary, .. } => secondary.applying.poll_timeout(),
+            Self::Promoting { secondary, stage: PromoteStage::Applying } => secondary.applying.poll_timeout(),
+            Self::Promoting { .. } => None,
             Self::Opening | Self::Fencing { .. } => None,
         }
     }
@@ -192,9 +193,12 @@ impl Mirror {
     }
 
     /// A flush failed at home: nothing more is admitted until a new incarnation is durable.
-    pub(super) fn end_incarnation(&mut self) {
+    pub(super) fn end_incarnation(&mut self, now: Monotonic, out: &mut Outbox) {
         if let Machine::Primary(primary) = &mut self.machine {
+            // At once: home may have lost what the records before promise, and a copy would carry the loss.
+            primary.close(Link::Down { retry_at: now, attempt: 0 }, "a flush failed: a new incarnation begins", out);
             primary.admission_open = false;
+            primary.volumes.iter_mut().for_each(|volume| volume.tracker.flush_failed());
             self.changes.push_back(StateChange::NewIncarnation);
         }
     }
@@ -222,6 +226,8 @@ impl Group {
         for slot in &mut self.volumes {
             slot.volume = Volume::new(slot.config, now);
         }
+        // Steps are numbered anew: nothing of the volumes before may be taken for theirs.
+        self.sealed.clear();
         self.presented = true;
         self.withdrawn_because.clear();
         self.out.push(Effect::Present);
@@ -279,9 +285,25 @@ impl Group {
                 primary.close(Link::Stopped, "fenced by a higher epoch", &mut self.out);
                 let waiting = primary.abandon_waiting();
                 let copies = primary.copying.abandon();
-                let intents = primary.volumes.into_iter().map(|volume| volume.intent).collect();
+                // Their pages in flight are answered while the role changes.
+                mirror.intents = primary.volumes.into_iter().map(|volume| volume.intent).collect();
                 let stage = FenceStage::Persisting;
-                mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage, intents }));
+                mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage }));
+                self.out.forget(|purpose| match purpose {
+                    Purpose::CopyRead { .. } | Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => true,
+                    Purpose::Intent { .. }
+                    | Purpose::HashRead { .. }
+                    | Purpose::InitialApply
+                    | Purpose::InitialFlush
+                    | Purpose::Apply
+                    | Purpose::ApplyFlush
+                    | Purpose::ApplyRead
+                    | Purpose::RedoWrite
+                    | Purpose::RedoSync
+                    | Purpose::Checkpoint
+                    | Purpose::PersistState
+                    | Purpose::Transition => false,
+                });
                 self.fail_steps(waiting, copies);
                 self.out.log(Loudness::Warn, "a higher epoch was heard: this side is fenced".to_owned());
                 self.withdraw(
@@ -329,7 +351,7 @@ impl Group {
     }
 
     fn changed(&mut self, change: StateChange) {
-        let (now, wall) = (self.now, self.wall);
+        let (now, stamp) = (self.now, self.stamp);
         let Some(mirror) = &mut self.mirror else { return };
         match (change, &mut mirror.machine) {
             (StateChange::Incarnation, Machine::Primary(primary)) => {
@@ -344,12 +366,12 @@ impl Group {
             (StateChange::Complete, Machine::Secondary(secondary)) => {
                 secondary.compare.clear();
                 secondary.orphaned = None;
-                secondary.batch_counts(wall, &mut self.out);
+                secondary.batch_counts(stamp, &mut self.out);
                 mirror.intents.iter_mut().for_each(clear_all);
                 self.withdrawn_because = secondary_reason(&mirror.state);
             }
             (StateChange::Adopt(_) | StateChange::Fence(_), Machine::Changing(change)) => {
-                if let Transition::Fencing { stage, .. } = &mut **change {
+                if let Transition::Fencing { stage } = &mut **change {
                     *stage = FenceStage::Draining;
                 }
                 self.withdrawn_because = secondary_reason(&mirror.state);
@@ -389,14 +411,14 @@ impl Group {
     /// Takes a role change as far as it can go.
     pub(super) fn transition_turn(&mut self) {
         let drained = self.volumes.iter().all(|slot| slot.volume.in_flight() == 0);
-        let (now, wall) = (self.now, self.wall);
+        let (now, stamp) = (self.now, self.stamp);
         let volumes = self.volumes.len();
         let Some(mirror) = &mut self.mirror else { return };
         let Machine::Changing(change) = &mut mirror.machine else {
             return;
         };
         match &mut **change {
-            Transition::Fencing { stage, .. } if *stage == FenceStage::Draining && drained => {
+            Transition::Fencing { stage } if *stage == FenceStage::Draining && drained => {
                 *stage = FenceStage::Flushing { outstanding: volumes };
                 for index in 0..volumes {
                     let volume = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
@@ -406,7 +428,7 @@ impl Group {
             Transition::Promoting { secondary, stage } => match stage {
                 PromoteStage::Quieting => {
                     if secondary.batch_completes(&mirror.state).is_some() {
-                        secondary.batch_counts(wall, &mut self.out);
+                        secondary.batch_counts(stamp, &mut self.out);
                     }
                     if secondary.is_quiet() {
                         secondary.void_staged();
@@ -438,15 +460,14 @@ impl Group {
             return;
         };
         match &mut **change {
-            Transition::Fencing { stage: FenceStage::Flushing { outstanding }, intents } => {
+            Transition::Fencing { stage: FenceStage::Flushing { outstanding } } => {
                 if let Some(failure) = failure {
                     // What is on the device is what will be compared; nothing of it is trusted.
                     self.out.log(Loudness::Error, format!("flushing a fenced volume: {failure}"));
                 }
                 *outstanding = outstanding.saturating_sub(1);
                 if *outstanding == 0 {
-                    let intents = std::mem::take(intents);
-                    mirror.become_secondary(intents, &mut self.out);
+                    mirror.become_secondary(&mut self.out);
                 }
             }
             Transition::Promoting { secondary, stage } if *stage == PromoteStage::Resetting => {
@@ -476,6 +497,7 @@ impl Group {
             return;
         };
         let intents = std::mem::take(&mut mirror.intents);
+        self.out.forget(|purpose| matches!(purpose, Purpose::HashRead { .. }));
         let clean = CleanState::default();
         let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, Some(clean), now);
         primary.admission_open = true;
@@ -593,7 +615,7 @@ impl Group {
                 mirror.state.epoch.0
             )));
         }
-        Ok(LossReport::new(secondary.tip().position, secondary.stamps, self.wall))
+        Ok(LossReport::new(secondary.tip().position, secondary.stamps, self.stamp))
     }
 
     /// `mirror failover`: this side becomes the primary of a new epoch.
@@ -646,7 +668,7 @@ impl Group {
 }
 
 impl Mirror {
-    fn become_secondary(&mut self, intents: Vec<IntentMap>, out: &mut Outbox) {
+    fn become_secondary(&mut self, out: &mut Outbox) {
         let Some((log, checkpoint)) = self.redo.take() else {
             return;
         };
@@ -659,8 +681,7 @@ impl Mirror {
             stamps: None,
         };
         let mut secondary = Secondary::new(log, checkpoint, empty);
-        secondary.compare = compare_ranges(&intents, &self.settings);
-        self.intents = intents;
+        secondary.compare = compare_ranges(&self.intents, &self.settings);
         self.machine = Machine::Secondary(Box::new(secondary));
         assert_eq!(self.state.role, Role::Secondary, "the fence is durable");
         out.log(Loudness::Info, format!("this side is the secondary of epoch {}", self.state.epoch.0));

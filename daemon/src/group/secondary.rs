@@ -312,6 +312,10 @@ impl Secondary {
         if self.durable.is_repeat(&arrival) && self.is_quiet() {
             return self.acknowledge(wall, out);
         }
+        if self.is_quiet() && self.durable.staged().is_some() && arrival.previous == self.durable.durable() {
+            // The primary gave the pass up: its notice travels on another stream and may come later.
+            self.void_staged();
+        }
         match self.accepted.accept(&arrival, &self.lineage) {
             Ok(()) => self.incoming.push_back(Received { bytes, cut, placement: None }),
             Err(error) => {
@@ -356,7 +360,7 @@ impl Secondary {
             // An initial copy would expose a mix; only a side without an image takes one.
             return self.end_session("the image here is consistent: it takes no initial copy", out);
         }
-        if initial && !self.queue.is_empty() {
+        if initial && !(self.queue.is_empty() && self.applying.is_idle()) {
             return;
         }
         let mut cuts = Vec::new();
@@ -370,11 +374,10 @@ impl Secondary {
         }
         let mut batch = Batch { cuts, stage: BatchStage::Applying, outstanding: 0, failed: false };
         if initial {
-            for received in &batch.cuts {
-                let plan = engine::apply::plan(&received.cut.records);
-                batch.outstanding +=
-                    super::apply::issue(&plan, &received.cut.records, Purpose::InitialApply, out);
-            }
+            // One plan for all of them: writes that are in flight together must not overlap.
+            let records: Vec<_> = batch.cuts.iter().flat_map(|received| received.cut.records.iter().cloned()).collect();
+            let plan = engine::apply::plan(&records);
+            batch.outstanding = super::apply::issue(&plan, &records, Purpose::InitialApply, out);
             self.batch = Some(batch);
             self.batch_moved(out);
         } else {
@@ -525,7 +528,9 @@ impl Secondary {
             assert_eq!(followed, Ok(()), "what was accepted follows the durable chain");
             let (commit, initial) = (meta.commit, meta.initial);
             if commit {
-                self.stamps = Some((meta.time, meta.echo));
+                // An older stamp still bounds what is missing.
+                let echo = self.stamps.map_or(meta.echo, |(_, echo)| echo.max(meta.echo));
+                self.stamps = Some((meta.time, echo));
             }
             let item = ApplyItem {
                 placement,

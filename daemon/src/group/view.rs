@@ -63,6 +63,8 @@ pub struct MirrorSnapshot {
     pub resync_remaining: Option<ByteCount>,
     /// Bytes of the partner's own that wait for an operator, or of this fenced side.
     pub orphaned: ByteCount,
+    /// Bytes that could not be read here: the target keeps its old content of them until a later resync.
+    pub bad: ByteCount,
     /// An operator's `start` is awaited.
     pub needs_start: bool,
     /// Payload bytes held in memory for the mirror.
@@ -99,7 +101,7 @@ impl Group {
         let consistent = mirror.state.consistent;
         Some(match &mirror.machine {
             Machine::Primary(primary) => primary.snapshot(consistent, self.now),
-            Machine::Secondary(secondary) => secondary.snapshot(consistent, mirror.state.diverged, self.wall),
+            Machine::Secondary(secondary) => secondary.snapshot(consistent, mirror.state.diverged, self.stamp),
             Machine::Changing(_) => MirrorSnapshot {
                 role: mirror.state.role,
                 state: if consistent {
@@ -118,6 +120,7 @@ impl Group {
                 tier: JournalTier::Ring,
                 resync_remaining: None,
                 orphaned: ByteCount(0),
+                bad: ByteCount(0),
                 needs_start: false,
                 memory: ByteCount(0),
             },
@@ -174,7 +177,7 @@ impl Primary {
             }
         };
         let folded = self.has_dirty() || self.folded_from.is_some() || !self.compare.is_done();
-        let known = consistent && (self.chain.is_some() || self.rpo.rpo(now) > Duration::ZERO);
+        let known = consistent && !self.rpo.is_unknown();
         let remaining: u64 = self.volumes.iter().map(|volume| volume.current.count().bytes().0).sum();
         let remaining = remaining + self.compare.remaining_bytes();
         let copying = self.pass.is_some() || folded;
@@ -195,6 +198,7 @@ impl Primary {
             tier: if folded { JournalTier::DirtyMap } else { JournalTier::Ring },
             resync_remaining: copying.then_some(ByteCount(remaining)),
             orphaned: self.orphaned,
+            bad: ByteCount(self.volumes.iter().map(|volume| volume.bad.count().bytes().0).sum()),
             needs_start: self.gate == Gate::Approval
                 || matches!(self.link, Link::Halted { .. } | Link::Stopped),
             memory: ByteCount(self.ring.bytes()),
@@ -245,6 +249,7 @@ impl Secondary {
             tier: JournalTier::Ring,
             resync_remaining: None,
             orphaned,
+            bad: ByteCount(0),
             needs_start: waiting,
             memory: ByteCount(self.queue.iter().map(|item| item.placement.length).sum::<u64>().min(64 << 20)),
         }

@@ -30,6 +30,8 @@ pub struct RpoTracker {
     buckets: VecDeque<Bucket>,
     /// Acknowledged writes of an earlier incarnation that the target may lack: the bound on their age.
     inherited: Option<Monotonic>,
+    /// How old they are is not known.
+    unknown: bool,
 }
 
 impl RpoTracker {
@@ -66,6 +68,7 @@ impl RpoTracker {
     /// Notes that the target durably committed everything up to `through`.
     pub fn committed(&mut self, through: Sequence) {
         self.inherited = None;
+        self.unknown = false;
         while let Some(bucket) = self.buckets.front_mut() {
             if bucket.last > through {
                 // A partly committed bucket keeps its oldest acknowledgement: late, never early.
@@ -79,6 +82,17 @@ impl RpoTracker {
     /// Notes that writes of an earlier incarnation, acknowledged at or after `oldest`, may not be at the target.
     pub const fn inherit(&mut self, oldest: Monotonic) {
         self.inherited = Some(oldest);
+        self.unknown = false;
+    }
+
+    /// Notes that writes of an earlier incarnation may not be at the target, and nothing is known of their age.
+    pub const fn lose(&mut self) {
+        self.unknown = true;
+    }
+
+    /// True while [`Self::rpo`] says nothing about the writes of an earlier incarnation.
+    pub const fn is_unknown(&self) -> bool {
+        self.unknown
     }
 
     /// True while what is reported is only an upper bound.

@@ -40,6 +40,11 @@ impl SenderChain {
         self.committed
     }
 
+    /// The last cut that the target acknowledged, committed or staged.
+    pub const fn stored(&self) -> Tip {
+        self.stored
+    }
+
     /// The cut that the next one follows.
     pub fn last(&self) -> Tip {
         self.sent.back().map_or(self.stored, |cut| cut.tip)
