@@ -22,9 +22,7 @@ fn key_bytes() -> [u8; 64] {
 }
 
 fn volume_cipher() -> Option<VolumeCipher> {
-    DataKey::from_random(key_bytes())
-        .ok()
-        .map(|key| VolumeCipher::new(&key))
+    DataKey::from_random(key_bytes()).ok().map(|key| VolumeCipher::new(&key))
 }
 
 fn xts_mode_cipher() -> Xts128<Aes256> {

@@ -26,9 +26,7 @@ impl VolumeCipher {
     /// Expands the key's two halves.
     pub fn new(key: &DataKey) -> Self {
         let (data, tweak) = key.halves();
-        Self {
-            engine: Xts::new(Aes256::new(&Array(*data)), Aes256Enc::new(&Array(*tweak))),
-        }
+        Self { engine: Xts::new(Aes256::new(&Array(*data)), Aes256Enc::new(&Array(*tweak))) }
     }
 
     /// Encrypts whole data units in place, the first of which is unit `first` of the volume.
@@ -53,11 +51,7 @@ impl VolumeCipher {
 
     /// What does the work, for logs and measurements.
     pub fn engine_name() -> &'static str {
-        if aes::hardware_accelerated() {
-            "rustcrypto"
-        } else {
-            "rustcrypto-software"
-        }
+        if aes::hardware_accelerated() { "rustcrypto" } else { "rustcrypto-software" }
     }
 }
 

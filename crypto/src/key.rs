@@ -56,10 +56,7 @@ impl DataKey {
     /// [`KeyError::EqualHalves`]; a random source that works never has it happen.
     pub fn from_random(bytes: impl Into<Zeroizing<[u8; DATA_KEY_BYTES]>>) -> Result<Self, KeyError> {
         let bytes = bytes.into();
-        let mut key = Self {
-            data: Zeroizing::default(),
-            tweak: Zeroizing::default(),
-        };
+        let mut key = Self { data: Zeroizing::default(), tweak: Zeroizing::default() };
         let (data, tweak) = bytes.split_at(HALF_BYTES);
         key.data.copy_from_slice(data);
         key.tweak.copy_from_slice(tweak);
@@ -77,9 +74,7 @@ impl DataKey {
     /// Compares all bytes, whatever they are, so that the time taken tells nothing about them.
     fn halves_are_equal(&self) -> bool {
         let pairs = self.data.iter().zip(self.tweak.iter());
-        let difference = pairs.fold(0, |difference, (data, tweak)| {
-            black_box(difference | (data ^ tweak))
-        });
+        let difference = pairs.fold(0, |difference, (data, tweak)| black_box(difference | (data ^ tweak)));
         difference == 0
     }
 }
@@ -93,9 +88,7 @@ impl KeyEncryptionKey {
     /// The key with these 32 bytes.
     pub fn from_bytes(bytes: impl Into<Zeroizing<[u8; 32]>>) -> Self {
         let bytes = bytes.into();
-        Self {
-            cipher: KwAes256::new((&*bytes).into()),
-        }
+        Self { cipher: KwAes256::new((&*bytes).into()) }
     }
 
     /// Wraps a data key (RFC 3394). The same key always gives the same wrap.
@@ -240,25 +233,16 @@ mod tests {
             let mut damaged = *wrapped.as_bytes();
             damaged[bit / 8] ^= 1 << (bit % 8);
             let damaged = WrappedKey::from_bytes(&damaged).unwrap();
-            assert_eq!(
-                key_encryption_key().unwrap(&damaged).unwrap_err(),
-                KeyError::NotOpened
-            );
+            assert_eq!(key_encryption_key().unwrap(&damaged).unwrap_err(), KeyError::NotOpened);
         }
     }
 
     #[test]
     fn a_wrap_of_equal_halves_is_refused() {
         let mut wrapped = [0; WRAPPED_KEY_BYTES];
-        key_encryption_key()
-            .cipher
-            .wrap_key(&[3; 64], &mut wrapped)
-            .unwrap();
+        key_encryption_key().cipher.wrap_key(&[3; 64], &mut wrapped).unwrap();
         let wrapped = WrappedKey::from_bytes(&wrapped).unwrap();
-        assert_eq!(
-            key_encryption_key().unwrap(&wrapped).unwrap_err(),
-            KeyError::EqualHalves
-        );
+        assert_eq!(key_encryption_key().unwrap(&wrapped).unwrap_err(), KeyError::EqualHalves);
     }
 
     #[test]
@@ -273,10 +257,7 @@ mod tests {
     fn rfc_3394_vectors_match() {
         let key = KeyEncryptionKey::from_bytes(std::array::from_fn(|index| u8::try_from(index).unwrap()));
         let vectors = [
-            (
-                "00112233445566778899AABBCCDDEEFF",
-                "64E8C3F9CE0F5BA263E9777905818A2A93C8191E7D6E8AE7",
-            ),
+            ("00112233445566778899AABBCCDDEEFF", "64E8C3F9CE0F5BA263E9777905818A2A93C8191E7D6E8AE7"),
             (
                 "00112233445566778899AABBCCDDEEFF0001020304050607",
                 "A8F9BC1612C68B3FF6E6F4FBE30E71E4769C8B80A32CB8958CD5D17D6B254DA1",
@@ -288,23 +269,15 @@ mod tests {
         ];
         for (plain, wrapped) in vectors {
             let mut buffer = [0; 64];
-            assert_eq!(
-                key.cipher.wrap_key(&bytes(plain), &mut buffer).unwrap(),
-                bytes(wrapped)
-            );
-            assert_eq!(
-                key.cipher.unwrap_key(&bytes(wrapped), &mut buffer).unwrap(),
-                bytes(plain)
-            );
+            assert_eq!(key.cipher.wrap_key(&bytes(plain), &mut buffer).unwrap(), bytes(wrapped));
+            assert_eq!(key.cipher.unwrap_key(&bytes(wrapped), &mut buffer).unwrap(), bytes(plain));
         }
     }
 
     /// Not used by us yet, but a key that another system wrapped may come this way.
     #[test]
     fn rfc_5649_vectors_match() {
-        let key: [u8; 24] = bytes("5840df6e29b02af1ab493b705bf16ea1ae8338f4dcc176a8")
-            .try_into()
-            .unwrap();
+        let key: [u8; 24] = bytes("5840df6e29b02af1ab493b705bf16ea1ae8338f4dcc176a8").try_into().unwrap();
         let key = KwpAes192::new(&key.into());
         let vectors = [
             (
@@ -316,10 +289,7 @@ mod tests {
         for (plain, wrapped) in vectors {
             let mut buffer = [0; 64];
             assert_eq!(key.wrap_key(&bytes(plain), &mut buffer).unwrap(), bytes(wrapped));
-            assert_eq!(
-                key.unwrap_key(&bytes(wrapped), &mut buffer).unwrap(),
-                bytes(plain)
-            );
+            assert_eq!(key.unwrap_key(&bytes(wrapped), &mut buffer).unwrap(), bytes(plain));
         }
     }
 
@@ -327,10 +297,7 @@ mod tests {
     fn fingerprints_are_stable_and_tell_keys_apart() {
         let fingerprint = key_encryption_key().fingerprint();
         assert_eq!(fingerprint, key_encryption_key().fingerprint());
-        assert_ne!(
-            fingerprint,
-            KeyEncryptionKey::from_bytes(counting::<32>(101)).fingerprint()
-        );
+        assert_ne!(fingerprint, KeyEncryptionKey::from_bytes(counting::<32>(101)).fingerprint());
         assert_eq!(fingerprint.to_string().len(), 16);
     }
 

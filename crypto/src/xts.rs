@@ -38,16 +38,12 @@ impl Xts {
 
     /// Encrypts `data` in place. `unit_bytes` is the length of a data unit, `first_unit` the first one's number.
     pub(crate) fn encrypt(&self, unit_bytes: usize, first_unit: u64, data: &mut [u8]) {
-        self.for_each_call(unit_bytes, first_unit, data, |call| {
-            self.data.encrypt_with_backend(call)
-        });
+        self.for_each_call(unit_bytes, first_unit, data, |call| self.data.encrypt_with_backend(call));
     }
 
     /// Decrypts `data` in place, by the zero rule: an all-zero sector stays zero.
     pub(crate) fn decrypt(&self, unit_bytes: usize, first_unit: u64, data: &mut [u8]) {
-        self.for_each_call(unit_bytes, first_unit, data, |call| {
-            self.data.decrypt_with_backend(call)
-        });
+        self.for_each_call(unit_bytes, first_unit, data, |call| self.data.decrypt_with_backend(call));
     }
 
     /// Cuts `data` into calls of at most [`UNITS_PER_CALL`] units and makes the first tweak of each unit.
@@ -66,11 +62,7 @@ impl Xts {
                 unit_number += 1;
             }
             self.tweak.encrypt_blocks(first_tweaks);
-            run(Call {
-                data,
-                first_tweaks,
-                tweaks,
-            });
+            run(Call { data, first_tweaks, tweaks });
         }
     }
 }
@@ -167,10 +159,7 @@ fn transform_unit<D: Direction>(direction: &D, tweaks: &[Block], unit: &mut [u8]
     if !tail.is_empty() {
         // The rest of this batch is ciphered for nothing, which costs less than its blocks one by one.
         let mut batch = ParBlocks::<D>::default();
-        batch
-            .iter_mut()
-            .zip(tail.iter())
-            .for_each(|(slot, block)| *slot = *block);
+        batch.iter_mut().zip(tail.iter()).for_each(|(slot, block)| *slot = *block);
         xor(&mut batch, tail_tweaks);
         cipher_batch(direction, &mut batch);
         xor(&mut batch, tail_tweaks);
@@ -216,10 +205,7 @@ impl TweakGroup {
     /// The group that starts with `first`: its known part is doubled until the group is full.
     #[inline(always)]
     fn starting_with(first: &Block) -> Self {
-        let mut group = Self {
-            low: [0; GROUP],
-            high: [0; GROUP],
-        };
+        let mut group = Self { low: [0; GROUP], high: [0; GROUP] };
         if let ([low, high], []) = first.0.as_chunks() {
             group.low[0] = u64::from_le_bytes(*low);
             group.high[0] = u64::from_le_bytes(*high);
@@ -261,10 +247,7 @@ impl TweakGroup {
 #[inline(always)]
 fn multiply([low, high]: [u64; 2], power: usize) -> [u64; 2] {
     let over = high >> (64 - power);
-    [
-        low << power ^ over ^ over << 1 ^ over << 2 ^ over << 7,
-        high << power | low >> (64 - power),
-    ]
+    [low << power ^ over ^ over << 1 ^ over << 2 ^ over << 7, high << power | low >> (64 - power)]
 }
 
 #[cfg(test)]
@@ -307,9 +290,7 @@ mod tests {
     fn noise(length: usize, seed: u64) -> Vec<u8> {
         let mut state = seed | 1;
         let mut next = || {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             state.to_be_bytes()[0]
         };
         (0..length).map(|_| next()).collect()

@@ -2,3 +2,4 @@
 
 pub mod fuzzing;
 pub mod harness;
+pub mod simulator;

@@ -252,3 +252,48 @@ fn an_idle_daemon_uses_no_cpu_and_metrics_count_commands() -> Result<()> {
         site.terminate()
     })
 }
+
+#[test]
+fn a_host_that_vanishes_in_the_middle_of_a_payload_changes_nothing() -> Result<()> {
+    World::run(|world| {
+        let mut site = site_with_volume(world, false)?;
+        let export = site.export("data");
+        let mut other = NbdClient::connect(&export)?;
+        let old = vec![0x5a; 1 << 20];
+        other.write(0, &old)?;
+        for beginning in [1, 4096, 100_000, (1 << 20) - 1] {
+            let mut vanishing = NbdClient::connect(&export)?;
+            vanishing.begin_write(0, 1 << 20, &vec![0xa5; beginning / 2])?;
+            // By its answer the server has taken what came before on the other connection.
+            other.flush()?;
+            vanishing.send_payload(&vec![0xa5; beginning - beginning / 2])?;
+            drop(vanishing);
+            other.flush()?;
+        }
+        other.disconnect()?;
+        site.restart()?;
+        let mut found = vec![0; 1 << 20];
+        NbdClient::connect(&site.export("data"))?.read(0, &mut found)?;
+        ensure!(found == old, "a write whose payload never arrived changed the volume");
+        site.terminate()
+    })
+}
+
+#[test]
+fn a_host_that_does_not_read_its_replies_slows_only_itself() -> Result<()> {
+    World::run(|world| {
+        let site = site_with_volume(world, false)?;
+        let export = site.export("data");
+        let mut greedy = NbdClient::connect(&export)?;
+        for _ in 0..200 {
+            greedy.begin_read(0, 8 << 20)?;
+        }
+        let mut other = NbdClient::connect(&export)?;
+        for block in 0..64 {
+            other.write(block * 4096, &[7; 4096])?;
+        }
+        let resident = site.resident_bytes()?;
+        ensure!(resident < 512 << 20, "{resident} bytes are resident");
+        Ok(())
+    })
+}

@@ -46,13 +46,8 @@ impl FileKeyProvider {
             }
             opened => opened,
         };
-        let bytes = file
-            .map_err(failed_read(path))
-            .and_then(|file| read(path, &file))?;
-        Ok(Self {
-            path: path.to_owned(),
-            key: Arc::new(KeyEncryptionKey::from_bytes(bytes)),
-        })
+        let bytes = file.map_err(failed_read(path)).and_then(|file| read(path, &file))?;
+        Ok(Self { path: path.to_owned(), key: Arc::new(KeyEncryptionKey::from_bytes(bytes)) })
     }
 
     /// The key file.
@@ -68,10 +63,7 @@ impl KeyProvider for FileKeyProvider {
 }
 
 fn failed_read(path: &Path) -> impl Fn(io::Error) -> KeystoreError {
-    move |source| KeystoreError::Read {
-        path: path.to_owned(),
-        source,
-    }
+    move |source| KeystoreError::Read { path: path.to_owned(), source }
 }
 
 fn read(path: &Path, file: &File) -> Result<Zeroizing<[u8; KEY_BYTES]>, KeystoreError> {
@@ -83,17 +75,12 @@ fn read(path: &Path, file: &File) -> Result<Zeroizing<[u8; KEY_BYTES]>, Keystore
     }
     let mode = metadata.mode() & 0o777;
     if mode & 0o077 != 0 {
-        return Err(KeystoreError::Exposed {
-            path: path_buffer(),
-            mode,
-        });
+        return Err(KeystoreError::Exposed { path: path_buffer(), mode });
     }
     // One byte more than allowed, so that a longer file is seen; no growth, which would leave copies behind.
     let mut text = Zeroizing::new(Vec::with_capacity(FILE_BYTES_MAX + 1));
     let limit = u64::try_from(FILE_BYTES_MAX + 1).unwrap_or(u64::MAX);
-    file.take(limit)
-        .read_to_end(&mut text)
-        .map_err(failed_read(path))?;
+    file.take(limit).read_to_end(&mut text).map_err(failed_read(path))?;
     let digits = text.strip_suffix(b"\n").unwrap_or(&text);
     if digits.len() != DIGITS {
         return Err(KeystoreError::WrongLength { path: path_buffer() });
@@ -102,11 +89,7 @@ fn read(path: &Path, file: &File) -> Result<Zeroizing<[u8; KEY_BYTES]>, Keystore
 }
 
 fn decode(digits: &[u8]) -> Option<Zeroizing<[u8; KEY_BYTES]>> {
-    let value = |digit: u8| {
-        char::from(digit)
-            .to_digit(16)
-            .and_then(|value| u8::try_from(value).ok())
-    };
+    let value = |digit: u8| char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
     let mut bytes = Zeroizing::new([0; KEY_BYTES]);
     let (pairs, _) = digits.as_chunks();
     for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
@@ -119,11 +102,7 @@ fn encode(bytes: &[u8; KEY_BYTES]) -> Zeroizing<Vec<u8>> {
     let mut text = Zeroizing::new(Vec::with_capacity(FILE_BYTES_MAX));
     for byte in bytes {
         for value in [byte >> 4, byte & 0xf] {
-            text.push(if value < 10 {
-                b'0' + value
-            } else {
-                b'a' + value - 10
-            });
+            text.push(if value < 10 { b'0' + value } else { b'a' + value - 10 });
         }
     }
     text.push(b'\n');
@@ -132,10 +111,7 @@ fn encode(bytes: &[u8; KEY_BYTES]) -> Zeroizing<Vec<u8>> {
 
 /// Makes the key file, unless another process made it first.
 fn create(path: &Path, bytes: &[u8; KEY_BYTES]) -> Result<(), KeystoreError> {
-    let failed = |source| KeystoreError::Create {
-        path: path.to_owned(),
-        source,
-    };
+    let failed = |source| KeystoreError::Create { path: path.to_owned(), source };
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         Some(_) | None => Path::new("."),
@@ -148,9 +124,7 @@ fn create(path: &Path, bytes: &[u8; KEY_BYTES]) -> Result<(), KeystoreError> {
     // The draft goes in any case; whatever failed first is the error to report.
     let removed = fs::remove_file(&draft);
     published.and(removed).map_err(failed)?;
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(failed)
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
 }
 
 /// A name for the file before it is whole, that no other process uses.
@@ -163,11 +137,7 @@ fn draft_name(path: &Path) -> Result<OsString, KeystoreError> {
 }
 
 fn write_durably(path: &Path, text: &[u8]) -> io::Result<()> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
     file.write_all(text)?;
     file.sync_all()
 }
@@ -207,9 +177,7 @@ mod tests {
     fn refusal(text: &str, mode: u32) -> String {
         let folder = folder();
         let path = key_file(folder.path(), text, mode);
-        let refusal = FileKeyProvider::open_or_create(&path, not_drawn)
-            .unwrap_err()
-            .to_string();
+        let refusal = FileKeyProvider::open_or_create(&path, not_drawn).unwrap_err().to_string();
         assert!(refusal.contains(path.to_str().unwrap()), "{refusal}");
         refusal
     }
@@ -223,11 +191,7 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         let read = FileKeyProvider::open_or_create(&path, not_drawn).unwrap();
         assert_eq!(fingerprint(&made), fingerprint(&read));
-        assert_eq!(
-            fs::read_dir(folder.path()).unwrap().count(),
-            1,
-            "no draft stays behind"
-        );
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no draft stays behind");
     }
 
     #[test]
@@ -250,15 +214,10 @@ mod tests {
         let path = folder.path().join("kek");
         let open = |byte| FileKeyProvider::open_or_create(&path, constant(byte)).unwrap();
         let fingerprints: Vec<String> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (1..9)
-                .map(|byte| scope.spawn(move || fingerprint(&open(byte))))
-                .collect();
+            let threads: Vec<_> = (1..9).map(|byte| scope.spawn(move || fingerprint(&open(byte)))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-        assert!(
-            fingerprints.iter().all(|found| *found == fingerprints[0]),
-            "{fingerprints:?}"
-        );
+        assert!(fingerprints.iter().all(|found| *found == fingerprints[0]), "{fingerprints:?}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 
@@ -272,14 +231,7 @@ mod tests {
     #[test]
     fn a_file_of_wrong_length_is_refused() {
         let long = format!("{DIGITS_TEXT}0\n");
-        for text in [
-            "",
-            "\n",
-            &DIGITS_TEXT[..63],
-            &long,
-            &format!("{DIGITS_TEXT}\n\n"),
-            &"0".repeat(9000),
-        ] {
+        for text in ["", "\n", &DIGITS_TEXT[..63], &long, &format!("{DIGITS_TEXT}\n\n"), &"0".repeat(9000)] {
             assert!(refusal(text, 0o600).contains("exactly 64 hexadecimal digits"));
         }
     }
@@ -288,10 +240,7 @@ mod tests {
     fn a_file_that_is_not_hexadecimal_is_refused() {
         for bad in ["g", "+", " ", "\0", "\n"] {
             let text = format!("{}{bad}\n", &DIGITS_TEXT[..63]);
-            assert!(
-                refusal(&text, 0o600).contains("not a hexadecimal digit"),
-                "{bad:?}"
-            );
+            assert!(refusal(&text, 0o600).contains("not a hexadecimal digit"), "{bad:?}");
         }
     }
 

@@ -70,11 +70,7 @@ pub fn plan(records: &[Record]) -> Vec<ApplyStep> {
                 continue;
             };
             let offset = usize::try_from(gap.start - bytes.start).unwrap_or(usize::MAX);
-            steps.push(ApplyStep {
-                volume: record.volume,
-                range,
-                source: source(index, offset),
-            });
+            steps.push(ApplyStep { volume: record.volume, range, source: source(index, offset) });
         }
         covered.insert(bytes);
     }
@@ -101,18 +97,13 @@ mod tests {
 
     fn execute_in_order(records: &[Record], image: &mut Image) {
         let voided = |record: &Record| {
-            records
-                .iter()
-                .any(|other| other.kind == RecordKind::Void && other.sequence == record.sequence)
+            records.iter().any(|other| other.kind == RecordKind::Void && other.sequence == record.sequence)
         };
         for record in records.iter().filter(|record| !voided(record)) {
             let home = &mut image[usize::from(record.volume.0)];
             match record.kind {
                 RecordKind::Write | RecordKind::Copy => {
-                    for (to, from) in home[units(record.range)]
-                        .iter_mut()
-                        .zip(record.payload.chunks(4096))
-                    {
+                    for (to, from) in home[units(record.range)].iter_mut().zip(record.payload.chunks(4096)) {
                         *to = from[0];
                     }
                 }
@@ -145,10 +136,7 @@ mod tests {
         let mut payload = Vec::new();
         if kind.has_payload() {
             for unit in 0..whole.length() / UNIT {
-                payload.extend(vec![
-                    u8::try_from((sequence * 24 + unit) % 255 + 1).unwrap();
-                    4096
-                ]);
+                payload.extend(vec![u8::try_from((sequence * 24 + unit) % 255 + 1).unwrap(); 4096]);
             }
         }
         let range = match kind {

@@ -122,11 +122,7 @@ impl<const WORDS: usize> Bits<WORDS> {
 
 /// The words that a range of bits touches, each with the mask of its touched bits.
 fn masks(range: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
-    let words = if range.is_empty() {
-        0..0
-    } else {
-        range.start / 64..range.end.div_ceil(64)
-    };
+    let words = if range.is_empty() { 0..0 } else { range.start / 64..range.end.div_ceil(64) };
     words.map(move |word| {
         let low = range.start.saturating_sub(word * 64);
         let high = (range.end - word * 64).min(64);

@@ -158,10 +158,7 @@ impl DirtyMap {
 
     fn next_dirty(&self, from: u64) -> Option<u64> {
         let chunk = from / CHUNK_BLOCKS;
-        let in_full = self
-            .full
-            .next(chunk)
-            .map(|run| from.max(run.start * CHUNK_BLOCKS));
+        let in_full = self.full.next(chunk).map(|run| from.max(run.start * CHUNK_BLOCKS));
         // A partial chunk has a dirty block, but the first may have it before `from`.
         let in_partial = self.partial.range(chunk..).take(2).find_map(|(&chunk, bits)| {
             let start = chunk * CHUNK_BLOCKS;
@@ -197,17 +194,11 @@ impl Parts {
         let (head, tail) = (blocks.start % CHUNK_BLOCKS, blocks.end % CHUNK_BLOCKS);
         if first == last {
             let edge = (head < tail).then_some((first, head..tail));
-            return Self {
-                whole: 0..0,
-                edges: [edge, None],
-            };
+            return Self { whole: 0..0, edges: [edge, None] };
         }
         Self {
             whole: blocks.start.div_ceil(CHUNK_BLOCKS)..last,
-            edges: [
-                (head > 0).then_some((first, head..CHUNK_BLOCKS)),
-                (tail > 0).then_some((last, 0..tail)),
-            ],
+            edges: [(head > 0).then_some((first, head..CHUNK_BLOCKS)), (tail > 0).then_some((last, 0..tail))],
         }
     }
 }

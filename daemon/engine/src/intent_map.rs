@@ -174,20 +174,14 @@ impl IntentMap {
     /// # Panics
     /// As [`Self::request`].
     pub fn is_durable(&self, range: ByteRange) -> bool {
-        page_parts(self.regions_of(range)).all(|(number, bits)| {
-            self.page(number)
-                .is_some_and(|page| page.durable.contains_all(bits))
-        })
+        page_parts(self.regions_of(range))
+            .all(|(number, bits)| self.page(number).is_some_and(|page| page.durable.contains_all(bits)))
     }
 
     /// The next page to write: pages with wanted bits first, then those with cleared ones.
     pub fn poll_write(&mut self) -> Option<PageWrite> {
         let idle = |number: &&u64| self.page(**number).is_some_and(|page| page.in_flight.is_none());
-        let number = *self
-            .wanting
-            .iter()
-            .find(idle)
-            .or_else(|| self.stale.iter().find(idle))?;
+        let number = *self.wanting.iter().find(idle).or_else(|| self.stale.iter().find(idle))?;
         self.wanting.remove(&number);
         self.stale.remove(&number);
         let identity = self.identity(number);
@@ -215,10 +209,7 @@ impl IntentMap {
         let range = self.page_range(number);
         let page = self.page_mut(number).expect("a page of this map");
         let write = page.in_flight.take().expect("a write in flight");
-        assert!(
-            write.generation == generation,
-            "another write of the page is in flight"
-        );
+        assert!(write.generation == generation, "another write of the page is in flight");
         if result.is_err() {
             // The slot's content is unknown, so it is the one to write next. The other slot still has every
             // durable bit, and so has this write, should it have landed: nothing needs to be written now.
@@ -300,11 +291,7 @@ impl IntentMap {
     }
 
     fn identity(&self, page: u64) -> PageIdentity {
-        PageIdentity {
-            volume: self.volume,
-            page,
-            region_bytes: self.region_bytes,
-        }
+        PageIdentity { volume: self.volume, page, region_bytes: self.region_bytes }
     }
 
     fn page_count(&self) -> u64 {

@@ -64,21 +64,12 @@ impl RangeLocks {
                 entry.waiters.push(step);
             }
         }
-        let acquired = if blockers.is_empty() {
-            Acquired::Granted
-        } else {
-            Acquired::Queued
-        };
+        let acquired = if blockers.is_empty() { Acquired::Granted } else { Acquired::Queued };
         if kind != LockKind::Read {
             self.length_max = self.length_max.max(range.length());
             self.exclusive.insert((range.offset(), step), range.end());
         }
-        let entry = Entry {
-            range,
-            kind,
-            blockers: blockers.len(),
-            waiters: Vec::new(),
-        };
+        let entry = Entry { range, kind, blockers: blockers.len(), waiters: Vec::new() };
         let before = self.entries.insert(step, entry);
         assert!(before.is_none(), "step {step:?} asks for a second lock");
         acquired
@@ -170,23 +161,15 @@ mod tests {
         }
 
         fn release(&mut self, step: StepId) -> Vec<StepId> {
-            let waiting: Vec<StepId> = self
-                .0
-                .iter()
-                .map(|entry| entry.0)
-                .filter(|id| !self.granted(*id))
-                .collect();
+            let waiting: Vec<StepId> =
+                self.0.iter().map(|entry| entry.0).filter(|id| !self.granted(*id)).collect();
             self.0.retain(|entry| entry.0 != step);
             waiting.into_iter().filter(|id| self.granted(*id)).collect()
         }
     }
 
     fn kinds() -> impl Strategy<Value = LockKind> {
-        prop_oneof![
-            Just(LockKind::Read),
-            Just(LockKind::Exclusive),
-            Just(LockKind::ExclusivePartial)
-        ]
+        prop_oneof![Just(LockKind::Read), Just(LockKind::Exclusive), Just(LockKind::ExclusivePartial)]
     }
 
     proptest! {
@@ -222,30 +205,12 @@ mod tests {
     fn a_read_passes_whole_unit_writes_and_waits_for_partial_ones() {
         let mut locks = RangeLocks::default();
         let at = |offset, length| ByteRange::new(offset, length).unwrap();
-        assert_eq!(
-            locks.acquire(StepId(1), at(0, 8192), LockKind::Exclusive),
-            Acquired::Granted
-        );
-        assert_eq!(
-            locks.acquire(StepId(2), at(0, 512), LockKind::Read),
-            Acquired::Granted
-        );
-        assert_eq!(
-            locks.acquire(StepId(3), at(8200, 10), LockKind::ExclusivePartial),
-            Acquired::Granted
-        );
-        assert_eq!(
-            locks.acquire(StepId(4), at(12_000, 10), LockKind::Read),
-            Acquired::Queued
-        );
-        assert_eq!(
-            locks.acquire(StepId(5), at(0, 16_384), LockKind::ExclusivePartial),
-            Acquired::Queued
-        );
-        assert_eq!(
-            locks.acquire(StepId(6), at(0, 1), LockKind::Read),
-            Acquired::Granted
-        );
+        assert_eq!(locks.acquire(StepId(1), at(0, 8192), LockKind::Exclusive), Acquired::Granted);
+        assert_eq!(locks.acquire(StepId(2), at(0, 512), LockKind::Read), Acquired::Granted);
+        assert_eq!(locks.acquire(StepId(3), at(8200, 10), LockKind::ExclusivePartial), Acquired::Granted);
+        assert_eq!(locks.acquire(StepId(4), at(12_000, 10), LockKind::Read), Acquired::Queued);
+        assert_eq!(locks.acquire(StepId(5), at(0, 16_384), LockKind::ExclusivePartial), Acquired::Queued);
+        assert_eq!(locks.acquire(StepId(6), at(0, 1), LockKind::Read), Acquired::Granted);
         assert_eq!(locks.release(StepId(3)), [StepId(4)]);
         assert_eq!(locks.release(StepId(1)), [StepId(5)]);
     }

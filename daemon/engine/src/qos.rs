@@ -86,9 +86,7 @@ impl Limiter {
         if let (Some(before), Some(bucket)) = (before, &self.bucket) {
             let content = before.content(now);
             let missing = i64::from(bucket.burst_cells.get()) - content;
-            bucket
-                .level
-                .lower(u64::try_from(missing).unwrap_or(0), bucket.cell_ticks);
+            bucket.level.lower(u64::try_from(missing).unwrap_or(0), bucket.cell_ticks);
         }
     }
 }
@@ -109,9 +107,7 @@ impl Bucket {
         let cell_ticks = u64::from(NANOSECONDS_PER_SECOND.div_ceil(limit.get()));
         let burst_ticks = u64::try_from(BURST.as_nanos()).unwrap_or(u64::MAX) * u64::from(SCALE);
         let burst_cells = u32::try_from(burst_ticks.div_ceil(cell_ticks)).unwrap_or(u32::MAX);
-        let burst_cells = NonZeroU32::MIN
-            .saturating_add(SCALE - 1)
-            .saturating_add(burst_cells);
+        let burst_cells = NonZeroU32::MIN.saturating_add(SCALE - 1).saturating_add(burst_cells);
         let clock = TickClock::default();
         clock.set(now);
         let level = Level::default();
@@ -140,8 +136,7 @@ impl Bucket {
             .check_n(at_once)
             .expect("no more than the burst is asked for")
             .map_err(|refusal| refusal.earliest_possible().monotonic())?;
-        self.level
-            .lower(cells - u64::from(at_once.get()), self.cell_ticks);
+        self.level.lower(cells - u64::from(at_once.get()), self.cell_ticks);
         Ok(())
     }
 
@@ -149,10 +144,7 @@ impl Bucket {
     fn content(&self, now: Monotonic) -> i64 {
         self.clock.set(now);
         let full_at = self.start + Nanos::from(self.level.0.load(Ordering::Relaxed));
-        let missing = full_at
-            .0
-            .saturating_sub(self.clock.now().0)
-            .div_ceil(self.cell_ticks);
+        let missing = full_at.0.saturating_sub(self.clock.now().0).div_ceil(self.cell_ticks);
         i64::from(self.burst_cells.get()).saturating_sub_unsigned(missing)
     }
 }
@@ -164,8 +156,7 @@ struct Level(Arc<AtomicU64>);
 impl Level {
     /// Takes cells without asking.
     fn lower(&self, cells: u64, cell_ticks: u64) {
-        self.0
-            .fetch_add(cells.saturating_mul(cell_ticks), Ordering::Relaxed);
+        self.0.fetch_add(cells.saturating_mul(cell_ticks), Ordering::Relaxed);
     }
 }
 
@@ -188,8 +179,7 @@ struct TickClock(Arc<AtomicU64>);
 
 impl TickClock {
     fn set(&self, now: Monotonic) {
-        self.0
-            .fetch_max(now.0.saturating_mul(u64::from(SCALE)), Ordering::Relaxed);
+        self.0.fetch_max(now.0.saturating_mul(u64::from(SCALE)), Ordering::Relaxed);
     }
 }
 
@@ -275,10 +265,7 @@ mod tests {
             let grants = saturate(&mut limiter, start, start + 12 * SECOND, 1, 2_000_000);
             let steady = grants.iter().filter(|at| **at >= start + 2 * SECOND).count() as u64;
             let wanted = 10 * u64::from(rate);
-            assert!(
-                steady.abs_diff(wanted) * 100 <= wanted,
-                "{rate}: {steady} in 10 s"
-            );
+            assert!(steady.abs_diff(wanted) * 100 <= wanted, "{rate}: {steady} in 10 s");
             // Never above limit x time + burst, over every span that starts with a grant.
             let burst = 1 + (u64::from(rate) * 20).div_ceil(1000);
             for (index, first) in grants.iter().enumerate().step_by(grants.len().div_ceil(50)) {
@@ -300,10 +287,7 @@ mod tests {
             let (first, last) = (grants[0], grants[grants.len() - 1]);
             let paid = (grants.len() as u64 - 1) * u64::from(cost);
             let wanted = u64::from(rate) * (last - first) / SECOND;
-            assert!(
-                paid.abs_diff(wanted) * 100 <= wanted,
-                "{rate}: {paid} for {wanted}"
-            );
+            assert!(paid.abs_diff(wanted) * 100 <= wanted, "{rate}: {paid} for {wanted}");
         }
     }
 
@@ -339,39 +323,12 @@ mod tests {
     #[test]
     fn costs_follow_length_and_kind() {
         let range = |length| ByteRange::new(4096, length).unwrap();
-        let zeroes = |length| HostCommand::WriteZeroes {
-            range: range(length),
-            fua: false,
-            no_hole: false,
-        };
+        let zeroes = |length| HostCommand::WriteZeroes { range: range(length), fua: false, no_hole: false };
         assert_eq!(cost(&HostCommand::Read { range: range(0) }), 1);
-        assert_eq!(
-            cost(&HostCommand::Read {
-                range: range(256 << 10)
-            }),
-            1
-        );
-        assert_eq!(
-            cost(&HostCommand::Write {
-                range: range((256 << 10) + 1),
-                fua: true
-            }),
-            2
-        );
-        assert_eq!(
-            cost(&HostCommand::Write {
-                range: range(32 << 20),
-                fua: false
-            }),
-            128
-        );
-        assert_eq!(
-            cost(&HostCommand::Trim {
-                range: range(1 << 40),
-                fua: false
-            }),
-            1
-        );
+        assert_eq!(cost(&HostCommand::Read { range: range(256 << 10) }), 1);
+        assert_eq!(cost(&HostCommand::Write { range: range((256 << 10) + 1), fua: true }), 2);
+        assert_eq!(cost(&HostCommand::Write { range: range(32 << 20), fua: false }), 128);
+        assert_eq!(cost(&HostCommand::Trim { range: range(1 << 40), fua: false }), 1);
         assert_eq!(cost(&zeroes((1 << 20) - 1)), 4);
         assert_eq!(cost(&zeroes(1 << 20)), 1);
         assert_eq!(cost(&HostCommand::Flush), 0);

@@ -48,12 +48,8 @@ impl RegionTracker {
         started_at: Monotonic,
         inherited: impl IntoIterator<Item = u64>,
     ) -> Self {
-        let region = Region {
-            in_flight: 0,
-            last_sequence: Sequence(0),
-            last_end: started_at,
-            verified: false,
-        };
+        let region =
+            Region { in_flight: 0, last_sequence: Sequence(0), last_end: started_at, verified: false };
         Self {
             region_bytes: region_bytes.0,
             started_at,
@@ -105,12 +101,8 @@ impl RegionTracker {
 
     /// Every inherited region was compared; what differs commits at the target with `sequence` at the latest.
     pub fn verified_all(&mut self, sequence: Sequence) {
-        let unverified: Vec<u64> = self
-            .regions
-            .iter()
-            .filter(|(_, region)| !region.verified)
-            .map(|(number, _)| *number)
-            .collect();
+        let unverified: Vec<u64> =
+            self.regions.iter().filter(|(_, region)| !region.verified).map(|(number, _)| *number).collect();
         for number in unverified {
             if let Some(region) = self.regions.get_mut(&number) {
                 region.verified = true;
@@ -152,10 +144,7 @@ impl RegionTracker {
     /// If a write is in flight there or the region is not verified.
     pub fn cleared(&mut self, number: u64) {
         if let Some(region) = self.regions.remove(&number) {
-            assert!(
-                region.in_flight == 0 && region.verified,
-                "region {number} must stay set"
-            );
+            assert!(region.in_flight == 0 && region.verified, "region {number} must stay set");
             self.idle.remove(&(region.last_end, number));
         }
     }
@@ -209,24 +198,15 @@ mod tests {
         tracker.ended(region(1), Monotonic(200));
         assert_eq!(tracker.clearable(Sequence(9), 0), [1]);
         assert!(tracker.clearable(Sequence(9), 1).is_empty(), "within the budget");
-        assert!(
-            tracker.clearable(Sequence(4), 0).is_empty(),
-            "not durable at the target"
-        );
+        assert!(tracker.clearable(Sequence(4), 0).is_empty(), "not durable at the target");
         tracker.began(region(1), Sequence(6));
         tracker.ended(region(1), Monotonic(300));
-        assert!(
-            tracker.clearable(Sequence(9), 0).is_empty(),
-            "flushed no later than written"
-        );
+        assert!(tracker.clearable(Sequence(9), 0).is_empty(), "flushed no later than written");
         tracker.flushed(Monotonic(301));
         tracker.flushed(Monotonic(1));
         assert_eq!(tracker.clearable(Sequence(6), 0), [1]);
         tracker.flush_failed();
-        assert!(
-            tracker.clearable(Sequence(9), 0).is_empty(),
-            "the incarnation ended"
-        );
+        assert!(tracker.clearable(Sequence(9), 0).is_empty(), "the incarnation ended");
     }
 
     #[test]

@@ -107,10 +107,7 @@ impl Volume {
     /// # Panics
     /// If the size is not in whole data units.
     pub fn new(config: VolumeConfig, now: Monotonic) -> Self {
-        assert!(
-            config.size.0.is_multiple_of(DATA_UNIT_BYTES),
-            "a volume has whole data units"
-        );
+        assert!(config.size.0.is_multiple_of(DATA_UNIT_BYTES), "a volume has whole data units");
         Self {
             size: config.size,
             mirrored: config.mirrored,
@@ -235,10 +232,7 @@ impl Volume {
     /// If the range is empty, not in whole units, longer than a step or beyond the volume's end.
     pub fn begin_copy(&mut self, now: Monotonic, device: ByteRange) -> StepId {
         let fits = device.end() <= self.size.0 && (1..=STEP_BYTES_MAX).contains(&device.length());
-        assert!(
-            fits && device.is_unit_aligned(),
-            "copy range {device} is not allowed"
-        );
+        assert!(fits && device.is_unit_aligned(), "copy range {device} is not allowed");
         let step = self.begin_step(None, Task::Copy(device));
         self.turn(now);
         step
@@ -404,14 +398,7 @@ impl Volume {
     fn begin_step(&mut self, command: Option<CommandId>, task: Task) -> StepId {
         let id = self.next_step;
         self.next_step = StepId(id.0 + 1);
-        self.steps.insert(
-            id,
-            Step {
-                command,
-                task,
-                stage: Stage::Lock,
-            },
-        );
+        self.steps.insert(id, Step { command, task, stage: Stage::Lock });
         let acquired = match task.lock() {
             Some((device, kind)) => self.locks.acquire(id, device, kind),
             None => Acquired::Granted,
@@ -438,16 +425,7 @@ impl Volume {
             (Task::Copy(device), _) => self.enter(id, Stage::Copy, Effect::CopyReady { step: id, device }),
             (Task::Read(wanted), Some(command)) => {
                 let device = wanted.unit_outward();
-                self.enter(
-                    id,
-                    Stage::Read,
-                    Effect::Read {
-                        step: id,
-                        command,
-                        device,
-                        wanted,
-                    },
-                );
+                self.enter(id, Stage::Read, Effect::Read { step: id, command, device, wanted });
             }
             (Task::Seal(wanted), Some(command)) => {
                 self.enter(id, Stage::Prepare, prepare(id, command, wanted));
@@ -470,33 +448,16 @@ impl Volume {
             return;
         }
         let (command, device, content) = self.home(id);
-        self.enter(
-            id,
-            Stage::Admit,
-            Effect::Admit {
-                step: id,
-                command,
-                device,
-                content,
-            },
-        );
+        self.enter(id, Stage::Admit, Effect::Admit { step: id, command, device, content });
     }
 
     fn write_home(&mut self, id: StepId) {
         let (command, device, content) = self.home(id);
         let effect = match content {
-            Content::Sealed | Content::Zeros => Effect::Write {
-                step: id,
-                command,
-                device,
-                content,
-                durable: self.is_durable(id),
-            },
-            Content::Trimmed => Effect::ZeroRange {
-                step: id,
-                command,
-                device,
-            },
+            Content::Sealed | Content::Zeros => {
+                Effect::Write { step: id, command, device, content, durable: self.is_durable(id) }
+            }
+            Content::Trimmed => Effect::ZeroRange { step: id, command, device },
         };
         self.enter(id, Stage::Home, effect);
     }
@@ -516,9 +477,7 @@ impl Volume {
     fn is_durable(&self, id: StepId) -> bool {
         let step = self.steps.get(&id);
         let writes = step.is_some_and(|step| matches!(step.task, Task::Seal(_) | Task::Zeros(_)));
-        let command = step
-            .and_then(|step| step.command)
-            .and_then(|id| self.commands.get(&id));
+        let command = step.and_then(|step| step.command).and_then(|id| self.commands.get(&id));
         writes && command.is_some_and(|running| is_fua(&running.command))
     }
 

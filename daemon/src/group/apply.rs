@@ -2,7 +2,7 @@
 //!
 //! Several cuts are merged into one set of disjoint writes, so they run in parallel. `applied` moves when the writes
 //! ended; redo is released only after every home file touched was flushed and a checkpoint is durable. A failed write
-//! keeps its cuts in redo and is tried again.
+//! keeps its cuts in redo and is tried again; after a failed flush all that it should have covered is written again.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
@@ -57,7 +57,8 @@ pub(super) struct Applying {
     current: Vec<ApplyItem>,
     /// The end of what is at home, flushed or not.
     pub(super) applied: Tip,
-    unflushed: VecDeque<Placement>,
+    /// At home, but perhaps not on stable media; their records stay in redo.
+    unflushed: VecDeque<ApplyItem>,
     unflushed_bytes: u64,
     unflushed_since: Option<Monotonic>,
     touched: BTreeSet<VolumeIndex>,
@@ -273,7 +274,7 @@ impl Secondary {
         for item in applying.current.drain(..) {
             applying.applied = item.tip;
             applying.unflushed_bytes += item.placement.length;
-            applying.unflushed.push_back(item.placement);
+            applying.unflushed.push_back(ApplyItem { records: None, ..item });
         }
     }
 
@@ -285,22 +286,15 @@ impl Secondary {
             return;
         }
         if self.applying.failed {
-            // What the kernel dropped is still in redo: only a restart, which replays it, may trust home again.
-            self.applying.degraded = true;
             self.applying.stage = Stage::Idle;
-            self.applying.unflushed_since = None;
-            self.applying.paused_until = Some(Monotonic(u64::MAX));
-            let text = "flushing the target's volumes failed: redo is kept; restart farshored to replay it";
-            self.trouble = Some(text.to_owned());
-            out.log(Loudness::Error, text.to_owned());
-            return;
+            self.replay();
+            return self.fault("flushing the target's volumes failed: redo is applied again", now, out);
         }
-        let _ = now;
         self.write_checkpoint(out);
     }
 
     fn write_checkpoint(&mut self, out: &mut Outbox) {
-        let end = self.applying.unflushed.back().map(Placement::end);
+        let end = self.applying.unflushed.back().map(|item| item.placement.end());
         let scan_start = end.unwrap_or(self.checkpoint.scan_start);
         let checkpoint = self.checkpoint.next(self.applying.applied, scan_start);
         self.applying.stage = Stage::Checkpointing;
@@ -323,12 +317,21 @@ impl Secondary {
         }
         self.checkpoint = next;
         if let Some(last) = self.applying.unflushed.back() {
-            self.log.release(last);
+            self.log.release(&last.placement);
         }
         self.applying.unflushed.clear();
         self.applying.unflushed_bytes = 0;
         self.applying.unflushed_since = None;
         self.applying.hurry = false;
+    }
+
+    /// A flush failed, so any write since the last checkpoint may be lost: all of them are made again from redo.
+    pub(super) fn replay(&mut self) {
+        for item in std::mem::take(&mut self.applying.unflushed).into_iter().rev() {
+            self.queue.push_front(item);
+        }
+        self.applying.unflushed_bytes = 0;
+        self.applying.unflushed_since = None;
     }
 
     fn fault(&mut self, text: &str, now: Monotonic, out: &mut Outbox) {

@@ -280,12 +280,7 @@ impl Primary {
         self.start_pass(!welcome.consistent, out);
     }
 
-    fn resume_ancestor(
-        &mut self,
-        welcome: &Welcome,
-        compare_all: Option<&MirrorSettings>,
-        out: &mut Outbox,
-    ) {
+    fn resume_ancestor(&mut self, welcome: &Welcome, compare_all: Option<&MirrorSettings>, out: &mut Outbox) {
         if let Some(settings) = compare_all {
             self.compare_everything(settings);
         }

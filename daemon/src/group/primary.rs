@@ -600,8 +600,8 @@ impl Primary {
         match &self.link {
             Link::Down { retry_at, .. } => self.admission_open.then_some(*retry_at),
             Link::Up { .. } if self.gate == Gate::Open && self.may_send() => {
-                let heartbeat = self.pass.is_none().then(|| self.last_cut + HEARTBEAT);
-                self.cut_due.into_iter().chain(heartbeat).min()
+                // A heartbeat is due only while nothing waits for a cut.
+                self.cut_due.or_else(|| self.pass.is_none().then(|| self.last_cut + HEARTBEAT))
             }
             Link::Up { .. } => None,
             Link::Dialing { .. } | Link::Greeting { .. } | Link::Halted { .. } | Link::Stopped => None,

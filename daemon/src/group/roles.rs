@@ -196,7 +196,11 @@ impl Mirror {
     pub(super) fn end_incarnation(&mut self, now: Monotonic, out: &mut Outbox) {
         if let Machine::Primary(primary) = &mut self.machine {
             // At once: home may have lost what the records before promise, and a copy would carry the loss.
-            primary.close(Link::Down { retry_at: now, attempt: 0 }, "a flush failed: a new incarnation begins", out);
+            primary.close(
+                Link::Down { retry_at: now, attempt: 0 },
+                "a flush failed: a new incarnation begins",
+                out,
+            );
             primary.admission_open = false;
             primary.volumes.iter_mut().for_each(|volume| volume.tracker.flush_failed());
             self.changes.push_back(StateChange::NewIncarnation);
@@ -290,7 +294,9 @@ impl Group {
                 let stage = FenceStage::Persisting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage }));
                 self.out.forget(|purpose| match purpose {
-                    Purpose::CopyRead { .. } | Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => true,
+                    Purpose::CopyRead { .. } | Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => {
+                        true
+                    }
                     Purpose::Intent { .. }
                     | Purpose::HashRead { .. }
                     | Purpose::InitialApply
@@ -645,8 +651,12 @@ impl Group {
     /// Stops serving hosts for a clean stop of the daemon; `stopped_cleanly` says when nothing is in flight.
     pub fn drain(&mut self) {
         self.withdraw("farshored is stopping".to_owned());
-        if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
-            primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+        match self.mirror.as_mut().map(|mirror| &mut mirror.machine) {
+            Some(Machine::Primary(primary)) => {
+                primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+            }
+            Some(Machine::Secondary(secondary)) => secondary.halt("the secondary is stopping", &mut self.out),
+            Some(Machine::Changing(_)) | None => {}
         }
     }
 

@@ -101,7 +101,9 @@ impl Group {
         let consistent = mirror.state.consistent;
         Some(match &mirror.machine {
             Machine::Primary(primary) => primary.snapshot(consistent, self.now),
-            Machine::Secondary(secondary) => secondary.snapshot(consistent, mirror.state.diverged, self.stamp),
+            Machine::Secondary(secondary) => {
+                secondary.snapshot(consistent, mirror.state.diverged, self.stamp)
+            }
             Machine::Changing(_) => MirrorSnapshot {
                 role: mirror.state.role,
                 state: if consistent {

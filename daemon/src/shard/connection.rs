@@ -16,6 +16,11 @@ use super::{GroupKey, Shard, monotonic};
 const RECEIVE_BYTES: usize = 64 << 10;
 /// Commands of one connection on their way; clients keep far fewer.
 const COMMANDS_MAX: usize = 512;
+/// A connection's share of the memory for requests on their way; the rest is for others.
+const SHARE: usize = 4;
+/// Replies that may wait for a client that does not read them: then no more is read from it.
+const UNSENT_PIECES_MAX: usize = 2048;
+const UNSENT_HEADS_MAX: usize = 64 << 10;
 /// Pieces of replies gathered into one send; the kernel takes 1024.
 const PIECES_MAX: usize = 512;
 
@@ -61,19 +66,34 @@ pub(super) struct Connection {
     arriving: Option<Arriving>,
     waiting: Option<Waiting>,
     commands: usize,
+    /// Bytes of its commands on their way, with those of replies that are not sent.
+    bytes: usize,
     heads: BytesMut,
-    output: Vec<Bytes>,
+    /// Pieces of replies, and how many charged bytes go with each.
+    output: Vec<(Bytes, usize)>,
     sending: bool,
+    /// Charged bytes of the send on its way.
+    sending_bytes: usize,
     /// Closes as soon as its commands are answered.
     ending: bool,
     closed: bool,
 }
 
 impl Connection {
+    /// The client does not read its replies as fast as it asks.
+    fn is_clogged(&self) -> bool {
+        self.output.len() > UNSENT_PIECES_MAX || self.heads.len() > UNSENT_HEADS_MAX
+    }
+
+    /// True if nothing is left to be sent.
+    pub(super) fn is_flushed(&self) -> bool {
+        !self.sending && self.output.is_empty() && self.heads.is_empty()
+    }
+
     /// Moves the reply heads written so far behind the pieces before them.
     fn seal_heads(&mut self) {
         if !self.heads.is_empty() {
-            self.output.push(self.heads.split().freeze());
+            self.output.push((self.heads.split().freeze(), 0));
         }
     }
 }
@@ -110,9 +130,11 @@ impl Shard {
             arriving: None,
             waiting: None,
             commands: 0,
+            bytes: 0,
             heads: BytesMut::new(),
             output: Vec::new(),
             sending: false,
+            sending_bytes: 0,
             ending: false,
             closed: false,
         }));
@@ -129,6 +151,9 @@ impl Shard {
             if connection.closed || connection.arriving.is_some() || connection.waiting.is_some() {
                 break;
             }
+            if connection.ending || connection.is_clogged() {
+                return;
+            }
             if connection.commands >= COMMANDS_MAX {
                 return;
             }
@@ -139,14 +164,7 @@ impl Shard {
             match parsed.event {
                 Event::NeedMore => break,
                 Event::Request { cookie, command } => {
-                    let length = match command {
-                        HostCommand::Read { range } => usize::try_from(range.length()).unwrap_or(usize::MAX),
-                        HostCommand::Write { .. }
-                        | HostCommand::Flush
-                        | HostCommand::Trim { .. }
-                        | HostCommand::WriteZeroes { .. } => 0,
-                    };
-                    connection.waiting = Some(Waiting { cookie, command, length });
+                    connection.waiting = Some(Waiting { cookie, command, length: charge(&command) });
                     self.take_memory(id);
                 }
                 Event::WritePayload { cookie, command, length } => {
@@ -180,24 +198,38 @@ impl Shard {
     }
 
     /// Charges a waiting command's bytes to the budget of requests on their way and goes on with it: a write gets its
-    /// buffer and what was received of its payload already.
+    /// buffer and what was received of its payload already. Without room it waits its turn.
     ///
     /// The ring of a mirror has a budget of its own, so a partner that does not take what is sent starves no host.
     fn take_memory(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.0) else {
-            return;
+        if self.starved.is_empty() {
+            if !self.try_take_memory(id) {
+                self.starved.push_back(id);
+            }
+        } else if !self.starved.contains(&id) {
+            self.starved.push_back(id);
+        }
+    }
+
+    /// False if the command must wait.
+    fn try_take_memory(&mut self, id: ConnectionId) -> bool {
+        let Some(connection) = self.connections.get_mut(id.0).filter(|connection| !connection.closed) else {
+            return true;
         };
         let Some(Waiting { cookie, command, length }) = connection.waiting else {
-            return;
+            return true;
         };
-        if self.request_bytes > 0 && self.request_bytes + length > self.request_bytes_max {
-            self.starved.insert(id);
-            return;
+        let own_full = connection.bytes > 0 && connection.bytes + length > self.request_bytes_max / SHARE;
+        let all_full = self.request_bytes > 0 && self.request_bytes + length > self.request_bytes_max;
+        if own_full || all_full {
+            return false;
         }
+        connection.bytes += length;
         self.request_bytes += length;
         connection.waiting = None;
         if !matches!(command, HostCommand::Write { .. }) {
-            return self.submit_command(id, cookie, command, HostPayload::Nothing);
+            self.submit_command(id, cookie, command, HostPayload::Nothing);
+            return true;
         }
         let mut buffer = self.pool.take_over(length);
         let available = connection.unparsed.len().min(length);
@@ -212,15 +244,16 @@ impl Shard {
         } else {
             connection.arriving = Some(Arriving { cookie, command, buffer, filled: available });
         }
+        true
     }
 
-    /// Connections that waited for memory try again.
+    /// Connections that waited for memory try again, in their order.
     pub(super) fn feed_starved(&mut self) {
         for id in std::mem::take(&mut self.starved) {
-            let waits = self.connections.get(id.0).is_some_and(|connection| connection.waiting.is_some());
-            if waits {
-                self.take_memory(id);
+            if self.try_take_memory(id) {
                 self.parse(id);
+            } else {
+                self.starved.push_back(id);
             }
         }
     }
@@ -229,14 +262,16 @@ impl Shard {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
-        if !matches!(connection.intake, Intake::Paused) || connection.closed || connection.waiting.is_some() {
+        let unwanted = connection.closed || connection.ending || connection.waiting.is_some();
+        if !matches!(connection.intake, Intake::Paused) || unwanted {
             return;
         }
         let socket = connection.socket.clone();
         let (pending, buffer, range, fill) = match connection.arriving.take() {
             Some(Arriving { cookie, command, buffer, filled }) => {
                 let range = filled..buffer.len();
-                (Pending::ReceivePayload { id, cookie, command }, buffer, range, true)
+                let missing = range.len();
+                (Pending::ReceivePayload { id, cookie, command, missing }, buffer, range, true)
             }
             None => {
                 let Some(input) = connection.input.take() else {
@@ -272,7 +307,7 @@ impl Shard {
         if whole && open {
             self.submit_command(id, cookie, command, HostPayload::Whole(buffer));
         } else {
-            self.release_memory(&command);
+            self.release_memory(Some(id), charge(&command));
         }
         self.received_some(id, whole);
     }
@@ -291,15 +326,14 @@ impl Shard {
         self.parse(id);
     }
 
-    /// A command's bytes are no longer on their way.
-    pub(super) fn release_memory(&mut self, command: &HostCommand) {
-        let length = match command {
-            HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
-            HostCommand::Flush | HostCommand::Trim { .. } | HostCommand::WriteZeroes { .. } => 0,
-        };
-        let length = usize::try_from(length).unwrap_or(usize::MAX);
-        assert!(length <= self.request_bytes, "a command's bytes are charged once");
-        self.request_bytes -= length;
+    /// Bytes of a connection's commands are no longer on their way.
+    pub(super) fn release_memory(&mut self, id: Option<ConnectionId>, bytes: usize) {
+        assert!(bytes <= self.request_bytes, "a command's bytes are charged once");
+        self.request_bytes -= bytes;
+        if let Some(connection) = id.and_then(|id| self.connections.get_mut(id.0)) {
+            assert!(bytes <= connection.bytes, "a command's bytes are charged to its connection");
+            connection.bytes -= bytes;
+        }
     }
 
     fn submit_command(
@@ -338,8 +372,17 @@ impl Shard {
     }
 
     /// Appends the answer to a command; `data` is a read's bytes in order.
+    /// A read's bytes stay charged until they are sent; all others are released here.
     pub(super) fn reply(&mut self, request: &Request, result: block::HostResult, data: Vec<Bytes>) {
-        let Some(id) = request.connection else { return };
+        let keeps = result.is_ok() && matches!(request.command, HostCommand::Read { .. });
+        let connection = request.connection.and_then(|id| self.connections.get(id.0));
+        let open = connection.is_some_and(|connection| !connection.closed);
+        if !keeps || !open {
+            self.release_memory(request.connection, charge(&request.command));
+        }
+        let Some(id) = request.connection.filter(|_| open) else {
+            return;
+        };
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
@@ -350,7 +393,10 @@ impl Shard {
             (Ok(()), HostCommand::Read { range }) => {
                 style.put_read_head(&mut connection.heads, request.cookie, range);
                 connection.seal_heads();
-                connection.output.extend(data);
+                connection.output.extend(data.into_iter().map(|piece| {
+                    let charged = piece.len();
+                    (piece, charged)
+                }));
             }
             (
                 Ok(()),
@@ -396,6 +442,8 @@ impl Shard {
         let count = connection.output.len().min(PIECES_MAX);
         let rest = connection.output.split_off(count);
         let pieces = std::mem::replace(&mut connection.output, rest);
+        connection.sending_bytes = pieces.iter().map(|(_, charged)| charged).sum();
+        let pieces = pieces.into_iter().map(|(piece, _)| piece).collect();
         connection.sending = true;
         let socket = connection.socket.clone();
         self.submit(Pending::Send { id }, Operation::Send { socket, data: Payload::Many(pieces) });
@@ -406,7 +454,10 @@ impl Shard {
             return;
         };
         connection.sending = false;
-        if !ok || connection.closed {
+        let sent = std::mem::take(&mut connection.sending_bytes);
+        let over = !ok || connection.closed;
+        self.release_memory(Some(id), sent);
+        if over {
             return self.close(id);
         }
         self.flushing.insert(id);
@@ -421,6 +472,11 @@ impl Shard {
             connection.closed = true;
             let _ = connection.socket.shutdown();
             let key = connection.key;
+            connection.waiting = None;
+            let unsent: usize = connection.output.drain(..).map(|(_, charged)| charged).sum();
+            let arriving = connection.arriving.take().map_or(0, |arriving| charge(&arriving.command));
+            self.release_memory(Some(id), unsent + arriving);
+            self.starved.retain(|starved| *starved != id);
             self.forget_requests(id);
             if let Some(served) = self.groups.get_mut(&key) {
                 served.connections.remove(&id);
@@ -433,7 +489,6 @@ impl Shard {
         if !connection.sending && !matches!(connection.intake, Intake::Receiving) {
             self.connections.remove(id.0);
             self.flushing.remove(&id);
-            self.starved.remove(&id);
         }
     }
 
@@ -466,4 +521,13 @@ impl Shard {
             self.close(id);
         }
     }
+}
+
+/// Bytes that a command holds while it is on its way.
+pub(super) fn charge(command: &HostCommand) -> usize {
+    let length = match command {
+        HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
+        HostCommand::Flush | HostCommand::Trim { .. } | HostCommand::WriteZeroes { .. } => 0,
+    };
+    usize::try_from(length).unwrap_or(usize::MAX)
 }

@@ -6,7 +6,7 @@ use engine::{CommandId, StepId};
 use frontend::nbd::Cookie;
 use store::{Buffer, Completion, File, Operation, Payload};
 
-use super::connection::ConnectionId;
+use super::connection::{ConnectionId, charge};
 use super::mirror_io::IoTarget;
 use super::sealing::{Job, Then};
 use super::{GroupKey, Shard, ShardNews, monotonic};
@@ -60,6 +60,7 @@ pub(super) enum Pending {
         id: ConnectionId,
         cookie: Cookie,
         command: HostCommand,
+        missing: usize,
     },
     Send {
         id: ConnectionId,
@@ -361,7 +362,6 @@ impl Shard {
         let Some(mut request) = self.requests.remove(&command.0) else {
             return;
         };
-        self.release_memory(&request.command);
         if request.connection.is_none() {
             self.forgotten = self.forgotten.saturating_sub(1);
         }
@@ -391,7 +391,7 @@ impl Shard {
             if runs {
                 self.forgotten += 1;
             } else if let Some(request) = self.requests.remove(&number) {
-                self.release_memory(&request.command);
+                self.release_memory(Some(id), charge(&request.command));
             }
         }
     }
@@ -409,7 +409,7 @@ impl Shard {
         let ended: Vec<u64> = ended.map(|(number, _)| *number).collect();
         for number in ended {
             if let Some(request) = self.requests.remove(&number) {
-                self.release_memory(&request.command);
+                self.release_memory(None, charge(&request.command));
                 self.forgotten = self.forgotten.saturating_sub(1);
             }
         }
@@ -428,10 +428,10 @@ impl Shard {
                     self.received(id, buffer, result.ok());
                 }
             }
-            Pending::ReceivePayload { id, cookie, command } => {
+            Pending::ReceivePayload { id, cookie, command, missing } => {
                 if let Some(buffer) = returned.into_buffer() {
-                    let whole =
-                        expected_payload(&command) == buffer.len() && result.is_ok_and(|count| count > 0);
+                    // Less than asked for means that the client closed in the middle of its payload.
+                    let whole = result.is_ok_and(|count| count == missing);
                     self.received_payload(id, cookie, command, buffer, whole);
                 }
             }
@@ -480,10 +480,6 @@ impl Shard {
             }
         }
     }
-}
-
-fn expected_payload(command: &HostCommand) -> usize {
-    command.range().and_then(|range| usize::try_from(range.length()).ok()).unwrap_or(0)
 }
 
 /// What a host is told of an operating system's error.

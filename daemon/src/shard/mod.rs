@@ -11,7 +11,7 @@ mod meters;
 mod mirror_io;
 mod sealing;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -110,8 +110,8 @@ struct Shard {
     timers: BTreeSet<(Monotonic, GroupKey)>,
     /// Connections with replies to send.
     flushing: BTreeSet<ConnectionId>,
-    /// Connections that wait for receive memory.
-    starved: BTreeSet<ConnectionId>,
+    /// Connections that wait for memory, first come, first served.
+    starved: VecDeque<ConnectionId>,
     sealing: Sealing,
     zeros: Bytes,
     bell: Bell,
@@ -178,7 +178,7 @@ impl Shard {
             touched: BTreeSet::new(),
             timers: BTreeSet::new(),
             flushing: BTreeSet::new(),
-            starved: BTreeSet::new(),
+            starved: VecDeque::new(),
             sealing: Sealing::default(),
             zeros: zeros.freeze(),
             bell: Bell { rung: Arc::default(), waker },
@@ -315,7 +315,11 @@ impl Shard {
             ShardCommand::Add { key, files, start } => self.add(key, files, start),
             ShardCommand::Remove { key, done } => self.remove(key, done),
             ShardCommand::Attach { key, intents, start } => self.attach(key, intents, *start),
-            ShardCommand::Detach { key } => self.with_group(key, |served, now| served.group.detach(now)),
+            ShardCommand::Detach { key } => self.with_group(key, |served, now| {
+                served.group.detach(now);
+                served.redo = None;
+                served.volumes.iter_mut().for_each(|volume| volume.files.intent = None);
+            }),
             ShardCommand::Unlock { key, ciphers } => self.with_group(key, |served, _| {
                 for (volume, cipher) in served.volumes.iter_mut().zip(ciphers) {
                     volume.files.cipher = Some(cipher);
@@ -454,7 +458,8 @@ impl Shard {
 
     fn finish_draining(&mut self) {
         let drained = self.groups.values().all(|served| served.group.is_drained() && served.outstanding == 0);
-        if !drained || !self.flushing.is_empty() {
+        let flushed = self.connections.iter().all(|(_, connection)| connection.is_flushed());
+        if !drained || !self.flushing.is_empty() || !flushed {
             return;
         }
         if let Some(Draining { done }) = self.draining.take() {

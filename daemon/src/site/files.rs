@@ -119,6 +119,10 @@ pub(super) fn create_redo(
     state: &GroupState,
 ) -> Result<(RedoFiles, Recovered, Checkpoint), FilesError> {
     fs::create_dir_all(folder).map_err(system("make", folder))?;
+    // The folder's own entry, and that of the folder of all mirrors.
+    for parent in folder.ancestors().skip(1).take(2) {
+        sync_folder(parent)?;
+    }
     let mut segments = Vec::new();
     for index in 0..config.file_count() {
         segments.push(File::create_thick(&segment_path(folder, index), config.segment_bytes(), true)?);

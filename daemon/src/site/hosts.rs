@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use frontend::nbd::{Handshake, HandshakeOutput, Negotiated};
+use rustix::net::sockopt;
 use store::Socket;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -21,6 +22,8 @@ use crate::shard::ShardCommand;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// Handshakes at the same time; established connections do not count.
 const HANDSHAKES_MAX: usize = 256;
+/// A host that is silent for so long is asked whether it is still there; after twice as long it is given up.
+const HOST_SILENCE: Duration = Duration::from_secs(30);
 /// After a failed accept (out of descriptors) the listener rests.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -91,6 +94,13 @@ async fn rest(error: &io::Error) {
 fn into_tcp(stream: TcpStream) -> io::Result<OwnedFd> {
     // Replies are gathered before they are sent; waiting for more in the kernel would only delay them.
     stream.set_nodelay(true)?;
+    // A host that lost its power answers nothing: without these its connection would stay for ever.
+    sockopt::set_socket_keepalive(&stream, true)?;
+    sockopt::set_tcp_keepidle(&stream, HOST_SILENCE)?;
+    sockopt::set_tcp_keepintvl(&stream, HOST_SILENCE / 4)?;
+    sockopt::set_tcp_keepcnt(&stream, 4)?;
+    let silence = u32::try_from(HOST_SILENCE.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(&stream, 2 * silence)?;
     Ok(stream.into_std()?.into())
 }
 

@@ -120,14 +120,17 @@ impl Site {
             key_fingerprint: self.key.fingerprint().to_string(),
             volumes: volumes.iter().map(to_mirror_volume).collect(),
         };
-        self.ask_to_create(&partner, request).await?;
-        let made = self.make_primary(&mirror, volumes).await;
-        if made.is_err()
-            && let Err(error) = self.ask_to_delete(&partner, mirror.id, Epoch(1)).await
-        {
-            tracing::warn!(%error, "the partner keeps the secondary of a mirror that was not made");
+        let made = match self.ask_to_create(&partner, request).await {
+            Ok(()) => self.make_primary(&mirror, volumes).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = made {
+            // A refusal left nothing; a lost answer may have.
+            if let Err(trouble) = self.ask_to_delete(&partner, mirror.id, Epoch(1)).await {
+                tracing::warn!(error = %trouble, "the partner may keep the secondary of a mirror that was not made");
+            }
+            return Err(error);
         }
-        made?;
         Ok(mirror)
     }
 
@@ -189,7 +192,13 @@ impl Site {
                 self.shard_of(*key).send(ShardCommand::Attach { key: *key, intents, start: Box::new(start) });
                 Ok(())
             }
-            _ => self.join_volumes(mirror, &volumes, &keys, intents, start).await,
+            _ => {
+                let joined = self.join_volumes(mirror, &volumes, &keys, intents, start).await;
+                if joined.is_err() {
+                    self.remove_mirror(mirror, false)?;
+                }
+                joined
+            }
         }
     }
 
@@ -202,9 +211,6 @@ impl Site {
         intents: Vec<File>,
         mut start: MirroredStart,
     ) -> Result<(), OperationError> {
-        for key in keys {
-            self.end_group(*key).await?;
-        }
         let mut dirty = Vec::new();
         let mut volume_files = Vec::new();
         for ((volume, intent), map) in volumes.iter().zip(intents).zip(&mut start.opened.intents) {
@@ -221,6 +227,9 @@ impl Site {
             });
         }
         start.opened.clean = Some(CleanState { dirty, committed: None });
+        for key in keys {
+            self.end_group(*key).await?;
+        }
         self.add_mirrored(mirror, volumes, volume_files, start);
         Ok(())
     }
@@ -325,6 +334,8 @@ impl Site {
         let here = self.name();
         let failed = |error: OperationError| (RefusalCode::NoSpace, format!("site '{here}': {error}"));
         let state = GroupState::new_secondary(create.origin);
+        let homes: Result<Vec<File>, _> = volumes.iter().map(|volume| self.open_home(volume)).collect();
+        let homes = homes.map_err(failed)?;
         let made = self.make_mirror_files(create.mirror, volumes, &state).map_err(failed)?;
         let rpo = u32::try_from(create.rpo_seconds).ok().and_then(NonZeroU32::new);
         let mirror = MirrorRecord {
@@ -345,8 +356,7 @@ impl Site {
             return Err(failed(error));
         }
         let mut volume_files = Vec::new();
-        for (volume, intent) in volumes.iter().zip(made.intents) {
-            let home = self.open_home(volume).map_err(failed)?;
+        for ((volume, intent), home) in volumes.iter().zip(made.intents).zip(homes) {
             let name = volume.name.to_string();
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: Some(intent), cipher: None });
         }
@@ -363,7 +373,12 @@ impl Site {
         mirror: MirrorId,
         epoch: Epoch,
     ) -> Message {
-        let _changing = self.changes.lock().await;
+        let Ok(_changing) = self.changes.try_lock() else {
+            return refusal(
+                RefusalCode::Busy,
+                format!("site '{}' is busy with another change: try again", self.name()),
+            );
+        };
         let Some(record) = self.catalogue().mirror_by_id(mirror).filter(|record| record.partner == *partner)
         else {
             return Message::Deleted;
@@ -384,6 +399,14 @@ impl Site {
         let state = GroupState::decode(&mirror.group.state).map_err(internal)?;
         let key = self.group_of_mirror(mirror.id);
         let incomplete = state.role == Role::Secondary && !state.consistent;
+        if key.is_none() && state.role == Role::Secondary && !incomplete {
+            let detail = format!(
+                "mirror '{}' is offline here, and its redo log may hold writes that are not in its volumes yet: mend it \
+                 and restart farshored before it is deleted",
+                mirror.name
+            );
+            return Err(problem(ProblemKind::Unavailable, detail));
+        }
         if let Some(key) = key {
             if incomplete {
                 self.end_group(key).await?;
@@ -407,10 +430,23 @@ impl Site {
     }
 
     fn remove_mirror(&self, mirror: &MirrorRecord, incomplete: bool) -> Result<(), OperationError> {
+        if incomplete {
+            // Before the mirror is forgotten: an incomplete replica must never be served as a volume, whatever fails next.
+            for id in &mirror.volumes {
+                if let Some(volume) = self.catalogue().volume_by_id(*id) {
+                    let folder = self.folder(&volume)?;
+                    files::remove_if_there(&folder.join(files::DATA_FILE))?;
+                    files::sync_folder(&folder)?;
+                }
+            }
+        }
         for notice in self.catalogue().delete_mirror(mirror.id)? {
             tracing::warn!("{notice}");
         }
-        files::remove_mirror_folder(&files::mirror_folder(&self.settings.data_dir, mirror.id))?;
+        let folder = files::mirror_folder(&self.settings.data_dir, mirror.id);
+        if let Err(error) = files::remove_mirror_folder(&folder) {
+            tracing::warn!(%error, "the files of a deleted mirror stay behind");
+        }
         for id in &mirror.volumes {
             let Some(volume) = self.catalogue().volume_by_id(*id) else {
                 continue;
@@ -419,7 +455,10 @@ impl Site {
                 self.exports().remove(volume.name.as_str());
                 self.catalogue().delete_volume(*id)?;
             } else if let Ok(folder) = self.folder(&volume) {
-                files::remove_if_there(&folder.join(files::INTENT_FILE))?;
+                let intent = folder.join(files::INTENT_FILE);
+                if let Err(error) = files::remove_if_there(&intent) {
+                    tracing::warn!(%error, "the intent map of a deleted mirror stays behind");
+                }
             }
         }
         Ok(())

@@ -162,24 +162,32 @@ impl Site {
         incoming: mpsc::Receiver<replicator::IncomingSession>,
         metrics: PrometheusHandle,
     ) -> anyhow::Result<Running> {
-        let mut tasks = vec![tokio::spawn(Arc::clone(&self).hear_shards(news))];
-        let opener = Arc::clone(&self);
-        tokio::task::spawn_blocking(move || opener.open_groups()).await?;
-        tasks.push(tokio::spawn(Arc::clone(&self).accept_partners(incoming)));
+        // Whatever can be refused is asked for first: opening the groups uses up the records of their clean stops.
+        let mut listeners = Vec::new();
         for address in &self.settings.nbd_listen {
             let listener = HostListener::bind(address).await.with_context(|| {
                 format!("cannot listen for hosts at {address}: name another address with --nbd")
             })?;
             lock(&self.nbd_uris).push(listener.uri());
+            listeners.push(listener);
+        }
+        let console = match self.settings.console_listen {
+            ConsoleAddress::Tcp(address) => Some(console::bind(address).await.with_context(|| {
+                format!("cannot listen for the console at {address}: name another with --console")
+            })?),
+            ConsoleAddress::Off => None,
+        };
+        let socket = ControlSocket::bind(&self.settings.control_socket)?;
+        let mut tasks = vec![tokio::spawn(Arc::clone(&self).hear_shards(news))];
+        let opener = Arc::clone(&self);
+        tokio::task::spawn_blocking(move || opener.open_groups()).await?;
+        tasks.push(tokio::spawn(Arc::clone(&self).accept_partners(incoming)));
+        for listener in listeners {
             tasks.push(tokio::spawn(listener.serve(Arc::clone(&self))));
         }
-        if let ConsoleAddress::Tcp(address) = self.settings.console_listen {
-            let listener = console::bind(address).await.with_context(|| {
-                format!("cannot listen for the console at {address}: name another with --console")
-            })?;
+        if let Some(listener) = console {
             tasks.push(tokio::spawn(console::serve(listener, Arc::clone(&self), metrics)));
         }
-        let socket = ControlSocket::bind(&self.settings.control_socket)?;
         let (stop_api, stopped) = oneshot::channel::<()>();
         let api = tokio::spawn(socket.serve(
             router(Arc::new(operations::Operator(Arc::clone(&self)))),
@@ -309,8 +317,9 @@ impl Running {
             shard.send(ShardCommand::Drain { done });
             drains.push(drained);
         }
+        let deadline = tokio::time::Instant::now() + DRAIN_LIMIT;
         for drained in drains {
-            match tokio::time::timeout(DRAIN_LIMIT, drained).await {
+            match tokio::time::timeout_at(deadline, drained).await {
                 Ok(Ok(states)) => self.site.write_clean(states),
                 Ok(Err(_)) | Err(_) => {
                     tracing::warn!("a shard did not end in time: its mirrors are compared at the next start");

@@ -170,7 +170,8 @@ impl Operations for Operator {
         let partner =
             tokio::task::spawn_blocking(move || site.store_partner(add)).await.map_err(internal)??;
         // Not asked now: the partner does not know this site before the same was done there.
-        let unasked = Err("not asked yet: see 'farshore partner show' when both sites know each other".to_owned());
+        let unasked =
+            Err("not asked yet: see 'farshore partner show' when both sites know each other".to_owned());
         Ok(self.partner_view(&partner, unasked))
     }
 
@@ -251,7 +252,7 @@ impl Operations for Operator {
     }
 
     async fn mirror_delete(&self, name: VolumeName) -> Outcome<()> {
-        let _changing = self.changes.lock().await;
+        let changing = self.changes.lock().await;
         let mirror = self.catalogue().mirror(&name).ok_or_else(|| {
             problem(
                 ProblemKind::NotFound,
@@ -260,6 +261,8 @@ impl Operations for Operator {
         })?;
         let partner = self.catalogue().partner(&mirror.partner);
         self.forget_mirror(&mirror).await?;
+        // The partner may be deleting it at the same moment and ask this site.
+        drop(changing);
         if let Some(partner) = partner
             && let Err(error) =
                 self.ask_to_delete(&partner, mirror.id, block::Epoch(mirror.group.epoch)).await

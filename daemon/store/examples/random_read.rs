@@ -14,19 +14,11 @@ const FILE_BYTES: u64 = 1 << 30;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let path = PathBuf::from(
-        arguments
-            .next()
-            .ok_or("usage: random_read FILE [DEPTH] [SECONDS]")?,
-    );
+    let path = PathBuf::from(arguments.next().ok_or("usage: random_read FILE [DEPTH] [SECONDS]")?);
     let depth: u64 = arguments.next().map_or(Ok(32), |text| text.parse())?;
     let seconds: u64 = arguments.next().map_or(Ok(5), |text| text.parse())?;
     let made = !path.exists();
-    let file = if made {
-        filled(&path)?
-    } else {
-        File::open(&path, true)?
-    };
+    let file = if made { filled(&path)? } else { File::open(&path, true)? };
     let outcome = measure(&file, depth, Duration::from_secs(seconds));
     if made {
         std::fs::remove_file(&path)?;
@@ -44,15 +36,7 @@ fn filled(path: &std::path::Path) -> Result<File, Box<dyn std::error::Error>> {
     let mut out = Vec::new();
     for offset in (0..FILE_BYTES).step_by(1 << 20) {
         let (file, data) = (file.clone(), chunk.clone().into());
-        ring.submit(
-            Token(0),
-            Operation::Write {
-                file,
-                offset,
-                data,
-                durable: false,
-            },
-        );
+        ring.submit(Token(0), Operation::Write { file, offset, data, durable: false });
         while ring.in_flight() > 0 {
             ring.wait(None, &mut out)?;
         }
@@ -77,15 +61,7 @@ fn measure(file: &File, depth: u64, time: Duration) -> Result<(), Box<dyn std::e
     let mut submit = |ring: &mut Ring, index: u64| {
         let buffer = pool.take_over(READ_BYTES);
         let (file, offset, range) = (file.clone(), next_offset(), 0..READ_BYTES);
-        ring.submit(
-            Token(index),
-            Operation::Read {
-                file,
-                offset,
-                buffer,
-                range,
-            },
-        );
+        ring.submit(Token(index), Operation::Read { file, offset, buffer, range });
     };
     for index in 0..depth {
         submit(&mut ring, index);
@@ -117,9 +93,7 @@ fn measure(file: &File, depth: u64, time: Duration) -> Result<(), Box<dyn std::e
 /// User and system time of the process, in hundredths of a second.
 fn processor_time() -> Result<(u32, u32), Box<dyn std::error::Error>> {
     let statistics = std::fs::read_to_string("/proc/self/stat")?;
-    let (_, fields) = statistics
-        .rsplit_once(')')
-        .ok_or("unknown format of /proc/self/stat")?;
+    let (_, fields) = statistics.rsplit_once(')').ok_or("unknown format of /proc/self/stat")?;
     let mut fields = fields.split_whitespace().skip(11);
     let mut next = || fields.next().ok_or("too few fields in /proc/self/stat");
     Ok((next()?.parse()?, next()?.parse()?))

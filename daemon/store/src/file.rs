@@ -115,9 +115,7 @@ impl File {
     ///
     /// If it is not there, is in use, is of another type, or its file system refuses `direct`.
     pub fn open(path: &Path, direct: bool) -> Result<Self, FileError> {
-        let kind = std::fs::metadata(path)
-            .map_err(|source| system("open", path, source))?
-            .file_type();
+        let kind = std::fs::metadata(path).map_err(|source| system("open", path, source))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             let source = io::Error::new(io::ErrorKind::InvalidInput, "neither a file nor a block device");
             return Err(system("open", path, source));
@@ -156,9 +154,7 @@ impl File {
 
     fn new(descriptor: OwnedFd, direct: bool) -> Self {
         let shared = Shared { descriptor, direct };
-        Self {
-            shared: Arc::new(shared),
-        }
+        Self { shared: Arc::new(shared) }
     }
 }
 
@@ -182,19 +178,13 @@ fn fill(descriptor: &OwnedFd, path: &Path, size: u64, direct: bool) -> Result<()
     // Asked first: an allocation that is bound to fail would take all the space from others for a while.
     let available =
         available(descriptor).map_err(|errno| system("ask for the space of", path, errno.into()))?;
-    let no_space = || FileError::NoSpace {
-        path: path.to_owned(),
-        size,
-        available,
-    };
+    let no_space = || FileError::NoSpace { path: path.to_owned(), size, available };
     if size > available {
         return Err(no_space());
     }
     fallocate(descriptor, FallocateFlags::empty(), 0, size).map_err(|errno| match errno {
         Errno::NOSPC => no_space(),
-        Errno::OPNOTSUPP => FileError::NoPreallocation {
-            path: path.to_owned(),
-        },
+        Errno::OPNOTSUPP => FileError::NoPreallocation { path: path.to_owned() },
         _ => system("allocate", path, errno.into()),
     })?;
     rustix::fs::fsync(descriptor).map_err(|errno| system("flush", path, errno.into()))?;
@@ -216,17 +206,11 @@ fn available(descriptor: &OwnedFd) -> Result<u64, Errno> {
 fn set_direct(descriptor: &OwnedFd, path: &Path) -> Result<(), FileError> {
     let set = fcntl_getfl(descriptor).and_then(|flags| fcntl_setfl(descriptor, flags | OFlags::DIRECT));
     set.map_err(|errno| match errno {
-        Errno::INVAL => FileError::DirectRefused {
-            path: path.to_owned(),
-        },
+        Errno::INVAL => FileError::DirectRefused { path: path.to_owned() },
         _ => system("open for direct I/O", path, errno.into()),
     })
 }
 
 fn system(action: &'static str, path: &Path, source: io::Error) -> FileError {
-    FileError::System {
-        action,
-        path: path.to_owned(),
-        source,
-    }
+    FileError::System { action, path: path.to_owned(), source }
 }

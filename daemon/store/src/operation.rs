@@ -122,26 +122,13 @@ impl Operation {
     /// Asserts what the caller must guarantee, and claims the socket's direction.
     pub(crate) fn admit(&self) {
         match self {
-            Self::Read {
-                offset,
-                buffer,
-                range,
-                ..
-            } => {
+            Self::Read { offset, buffer, range, .. } => {
                 assert_within(range, buffer);
                 assert_offsets(*offset, u64::try_from(range.len()).unwrap_or(u64::MAX));
             }
-            Self::Receive {
-                socket,
-                buffer,
-                range,
-                ..
-            } => {
+            Self::Receive { socket, buffer, range, .. } => {
                 assert_within(range, buffer);
-                assert!(
-                    !range.is_empty(),
-                    "an empty receive would look like a closed peer"
-                );
+                assert!(!range.is_empty(), "an empty receive would look like a closed peer");
                 assert!(socket.claim_receive(), "two receives on one socket");
             }
             Self::Send { socket, .. } => assert!(socket.claim_send(), "two sends on one socket"),
@@ -199,8 +186,5 @@ fn assert_within(range: &Range<usize>, buffer: &Buffer) {
 /// Files end below 2^63; and the offset 2^64-1 would mean the file's position to the kernel.
 fn assert_offsets(offset: u64, length: u64) {
     let end = offset.checked_add(length);
-    assert!(
-        end.is_some_and(|end| i64::try_from(end).is_ok()),
-        "{length} bytes at {offset} of a file"
-    );
+    assert!(end.is_some_and(|end| i64::try_from(end).is_ok()), "{length} bytes at {offset} of a file");
 }

@@ -54,11 +54,8 @@ mod tests {
 
     #[test]
     fn the_rest_starts_anywhere_and_has_no_empty_slice() {
-        let payload = Payload::from(vec![
-            Bytes::from_static(b"ab"),
-            Bytes::new(),
-            Bytes::from_static(b"cde"),
-        ]);
+        let payload =
+            Payload::from(vec![Bytes::from_static(b"ab"), Bytes::new(), Bytes::from_static(b"cde")]);
         assert_eq!(payload.length(), 5);
         for skip in 0..=6 {
             let slices: Vec<&[u8]> = payload.rest(skip).collect();

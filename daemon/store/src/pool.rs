@@ -72,9 +72,7 @@ impl BufferPool {
             in_use_bytes: AtomicUsize::new(0),
             shelves: Mutex::default(),
         };
-        Self {
-            shared: Arc::new(shared),
-        }
+        Self { shared: Arc::new(shared) }
     }
 
     /// A buffer of `length` bytes, or `None` if the budget (or the system's memory) does not allow it now: wait
@@ -90,9 +88,7 @@ impl BufferPool {
             (total <= self.shared.budget_bytes).then_some(total)
         };
         let counter = &self.shared.in_use_bytes;
-        counter
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, charge)
-            .ok()?;
+        counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, charge).ok()?;
         let Some(block) = self.shared.block(capacity) else {
             counter.fetch_sub(capacity, Ordering::Relaxed);
             return None;
@@ -127,11 +123,7 @@ impl BufferPool {
     }
 
     fn buffer(&self, block: Block, length: usize) -> Buffer {
-        Buffer {
-            block: Some(block),
-            length,
-            pool: Arc::clone(&self.shared),
-        }
+        Buffer { block: Some(block), length, pool: Arc::clone(&self.shared) }
     }
 }
 
@@ -179,10 +171,7 @@ impl Shared {
 impl Shelves {
     /// The shelf of a class, by the class's size.
     fn shelf(&mut self, capacity: usize) -> &mut Shelf {
-        assert!(
-            capacity.is_power_of_two() && capacity >= PAGE_BYTES,
-            "{capacity} is no class"
-        );
+        assert!(capacity.is_power_of_two() && capacity >= PAGE_BYTES, "{capacity} is no class");
         let shift = capacity.trailing_zeros() - PAGE_BYTES.trailing_zeros();
         let index = usize::try_from(shift).unwrap_or(usize::MAX);
         self.classes.get_mut(index).expect("the size is a class's")
@@ -212,11 +201,7 @@ impl Buffer {
     ///
     /// If `length` exceeds the capacity.
     pub fn set_len(&mut self, length: usize) {
-        assert!(
-            length <= self.capacity(),
-            "{length} bytes in a buffer of {}",
-            self.capacity()
-        );
+        assert!(length <= self.capacity(), "{length} bytes in a buffer of {}", self.capacity());
         self.length = length;
     }
 
@@ -243,9 +228,7 @@ impl Deref for Buffer {
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
         let length = self.length;
-        self.block
-            .as_mut()
-            .map_or(&mut [], |block| block.prefix_mut(length))
+        self.block.as_mut().map_or(&mut [], |block| block.prefix_mut(length))
     }
 }
 
@@ -340,10 +323,7 @@ mod tests {
         assert_eq!(warm_bytes(&pool), 1 << 20);
         let released = |length| {
             let buffers: Vec<Buffer> = std::iter::from_fn(|| pool.try_take(length)).collect();
-            buffers
-                .iter()
-                .filter(|buffer| buffer.iter().all(|byte| *byte == 0))
-                .count()
+            buffers.iter().filter(|buffer| buffer.iter().all(|byte| *byte == 0)).count()
         };
         assert_eq!(released(4096), 768);
         // The other class gets its share although the first one fills the watermark.

@@ -118,43 +118,20 @@ mod tests {
     #[test]
     fn short_transfers_are_continued_and_empty_ones_fail() {
         let (file, data) = (file(), buffer().freeze().into());
-        let write = Operation::Write {
-            file: file.clone(),
-            offset: 0,
-            data,
-            durable: false,
-        };
-        assert_eq!(
-            outcomes(&write, &[60, -libc::EINTR, 40]),
-            [None, None, Some(Ok(100))]
-        );
-        assert_eq!(
-            outcomes(&write, &[60, 0]),
-            [None, Some(Err(io::ErrorKind::WriteZero))]
-        );
-        let read = Operation::Read {
-            file,
-            offset: 0,
-            buffer: buffer(),
-            range: 10..30,
-        };
+        let write = Operation::Write { file: file.clone(), offset: 0, data, durable: false };
+        assert_eq!(outcomes(&write, &[60, -libc::EINTR, 40]), [None, None, Some(Ok(100))]);
+        assert_eq!(outcomes(&write, &[60, 0]), [None, Some(Err(io::ErrorKind::WriteZero))]);
+        let read = Operation::Read { file, offset: 0, buffer: buffer(), range: 10..30 };
         assert_eq!(outcomes(&read, &[19, 1]), [None, Some(Ok(20))]);
-        assert_eq!(
-            outcomes(&read, &[19, 0]),
-            [None, Some(Err(io::ErrorKind::UnexpectedEof))]
-        );
+        assert_eq!(outcomes(&read, &[19, 0]), [None, Some(Err(io::ErrorKind::UnexpectedEof))]);
     }
 
     #[test]
     fn receives_take_what_comes_unless_they_fill() {
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
         let socket = Socket::from(near);
-        let receive = |fill| Operation::Receive {
-            socket: socket.clone(),
-            buffer: buffer(),
-            range: 0..100,
-            fill,
-        };
+        let receive =
+            |fill| Operation::Receive { socket: socket.clone(), buffer: buffer(), range: 0..100, fill };
         assert_eq!(outcomes(&receive(false), &[1]), [Some(Ok(1))]);
         assert_eq!(outcomes(&receive(true), &[1, 99]), [None, Some(Ok(100))]);
         assert_eq!(outcomes(&receive(true), &[1, 0]), [None, Some(Ok(1))]);
@@ -163,39 +140,21 @@ mod tests {
 
     #[test]
     fn zeroing_falls_back_to_a_hole_and_a_new_allocation() {
-        let zero = Operation::ZeroRange {
-            file: file(),
-            offset: 0,
-            length: 4096,
-        };
+        let zero = Operation::ZeroRange { file: file(), offset: 0, length: 4096 };
         let unsupported = -libc::EOPNOTSUPP;
         assert_eq!(outcomes(&zero, &[0]), [Some(Ok(0))]);
         assert_eq!(outcomes(&zero, &[unsupported, 0, 0]), [None, None, Some(Ok(0))]);
         let refused = Some(Err(io::ErrorKind::Unsupported));
         assert_eq!(outcomes(&zero, &[unsupported, unsupported]), [None, refused]);
         let full = Some(Err(io::ErrorKind::StorageFull));
-        assert_eq!(
-            outcomes(&zero, &[unsupported, 0, -libc::ENOSPC]),
-            [None, None, full]
-        );
+        assert_eq!(outcomes(&zero, &[unsupported, 0, -libc::ENOSPC]), [None, None, full]);
     }
 
     #[test]
     fn a_cancelled_operation_makes_no_further_trip() {
         let data = buffer().freeze().into();
-        let write = Operation::Write {
-            file: file(),
-            offset: 0,
-            data,
-            durable: false,
-        };
-        let mut progress = Progress {
-            cancelled: true,
-            ..Progress::default()
-        };
-        assert!(matches!(
-            progress.advance(&write, -libc::EINTR),
-            Next::Done(Err(_))
-        ));
+        let write = Operation::Write { file: file(), offset: 0, data, durable: false };
+        let mut progress = Progress { cancelled: true, ..Progress::default() };
+        assert!(matches!(progress.advance(&write, -libc::EINTR), Next::Done(Err(_))));
     }
 }

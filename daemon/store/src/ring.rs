@@ -79,10 +79,7 @@ impl Ring {
         if !kernel.is_recent() {
             return Err(RingError::KernelTooOld);
         }
-        let job = Job::Wake {
-            waker: waker.clone(),
-            count: Box::default(),
-        };
+        let job = Job::Wake { waker: waker.clone(), count: Box::default() };
         let waking = kernel.insert(WAKER_TOKEN, job);
         Ok(Self {
             kernel,
@@ -116,11 +113,7 @@ impl Ring {
         operation.admit();
         if operation.length() == Some(0) {
             let returned = operation.into_returned();
-            self.ended.push(Completion {
-                token,
-                result: Ok(0),
-                returned,
-            });
+            self.ended.push(Completion { token, result: Ok(0), returned });
             return;
         }
         let handle = self.kernel.insert(token, Job::Operate(operation));
@@ -196,18 +189,11 @@ impl Ring {
         match *step {
             Step::Cancel(handle) => {
                 // What ended, or was not started, needs no cancellation.
-                let in_kernel = self
-                    .kernel
-                    .flight(handle)
-                    .is_some_and(|flight| flight.is_in_kernel());
+                let in_kernel = self.kernel.flight(handle).is_some_and(|flight| flight.is_in_kernel());
                 !in_kernel || self.kernel.push_cancellation(handle)
             }
             Step::Start(handle) => {
-                if self
-                    .kernel
-                    .flight(handle)
-                    .is_some_and(|flight| flight.progress.cancelled)
-                {
+                if self.kernel.flight(handle).is_some_and(|flight| flight.progress.cancelled) {
                     self.end(handle, Err(Errno::CANCELED.into()));
                     return true;
                 }
@@ -240,11 +226,7 @@ impl Ring {
         let token = flight.token();
         if let Job::Operate(operation) = flight.into_job() {
             let returned = operation.into_returned();
-            self.ended.push(Completion {
-                token,
-                result,
-                returned,
-            });
+            self.ended.push(Completion { token, result, returned });
         }
     }
 }

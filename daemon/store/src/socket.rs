@@ -58,14 +58,9 @@ impl Socket {
 
 impl From<OwnedFd> for Socket {
     fn from(descriptor: OwnedFd) -> Self {
-        let shared = Shared {
-            descriptor,
-            receiving: AtomicBool::new(false),
-            sending: AtomicBool::new(false),
-        };
-        Self {
-            shared: Arc::new(shared),
-        }
+        let shared =
+            Shared { descriptor, receiving: AtomicBool::new(false), sending: AtomicBool::new(false) };
+        Self { shared: Arc::new(shared) }
     }
 }
 

@@ -31,13 +31,8 @@ impl Waker {
     /// What eventfd(2) says.
     pub fn new() -> io::Result<Self> {
         // Not nonblocking: the ring reads it, and that read has to wait.
-        let shared = Shared {
-            eventfd: eventfd(0, EventfdFlags::CLOEXEC)?,
-            pending: AtomicBool::new(false),
-        };
-        Ok(Self {
-            shared: Arc::new(shared),
-        })
+        let shared = Shared { eventfd: eventfd(0, EventfdFlags::CLOEXEC)?, pending: AtomicBool::new(false) };
+        Ok(Self { shared: Arc::new(shared) })
     }
 
     /// Makes the ring's current or next wait return and say so. Calls until then count as one.

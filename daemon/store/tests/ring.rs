@@ -1,10 +1,5 @@
 //! The ring against the real kernel: files on disk and in memory, sockets, the waker.
-#![allow(
-    clippy::unwrap_used,
-    clippy::panic,
-    clippy::indexing_slicing,
-    reason = "test code"
-)]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "test code")]
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -63,15 +58,7 @@ fn run(ring: &mut Ring, operation: Operation) -> Completion {
 fn write(ring: &mut Ring, file: &File, offset: u64, data: impl Into<Payload>, durable: bool) -> usize {
     let (file, data) = (file.clone(), data.into());
     let length = data.length();
-    let completion = run(
-        ring,
-        Operation::Write {
-            file,
-            offset,
-            data,
-            durable,
-        },
-    );
+    let completion = run(ring, Operation::Write { file, offset, data, durable });
     assert_eq!(completion.returned.into_payload().unwrap().length(), length);
     completion.result.unwrap()
 }
@@ -79,15 +66,7 @@ fn write(ring: &mut Ring, file: &File, offset: u64, data: impl Into<Payload>, du
 fn read(ring: &mut Ring, pool: &BufferPool, file: &File, offset: u64, length: usize) -> Vec<u8> {
     let buffer = pool.try_take(length).unwrap();
     let (file, range) = (file.clone(), 0..length);
-    let completion = run(
-        ring,
-        Operation::Read {
-            file,
-            offset,
-            buffer,
-            range,
-        },
-    );
+    let completion = run(ring, Operation::Read { file, offset, buffer, range });
     assert_eq!(completion.result.unwrap(), length);
     completion.returned.into_buffer().unwrap().to_vec()
 }
@@ -116,21 +95,12 @@ fn what_was_written_is_read() {
         let mut ring = Ring::new(64).unwrap();
         let file = thick(folder.path(), 8 << 20);
         assert_eq!(file.size().unwrap(), 8 << 20);
-        assert!(
-            read(&mut ring, &pool, &file, 0, 1 << 20)
-                .iter()
-                .all(|byte| *byte == 0)
-        );
+        assert!(read(&mut ring, &pool, &file, 0, 1 << 20).iter().all(|byte| *byte == 0));
         let one = pattern(&pool, 12 << 10, 1);
         assert_eq!(write(&mut ring, &file, 4096, one.clone(), true), 12 << 10);
         let many: Vec<Bytes> = (0..3).map(|seed| pattern(&pool, 4096 << seed, seed)).collect();
         assert_eq!(write(&mut ring, &file, 1 << 20, many.clone(), false), 28 << 10);
-        assert_eq!(
-            run(&mut ring, Operation::Fdatasync { file: file.clone() })
-                .result
-                .unwrap(),
-            0
-        );
+        assert_eq!(run(&mut ring, Operation::Fdatasync { file: file.clone() }).result.unwrap(), 0);
         assert_eq!(read(&mut ring, &pool, &file, 4096, 12 << 10), one);
         assert_eq!(read(&mut ring, &pool, &file, 1 << 20, 28 << 10), many.concat());
         let reopened = File::open(&folder.path().join("data"), file.is_direct()).unwrap();
@@ -148,19 +118,9 @@ fn a_read_fills_only_its_range() {
         write(&mut ring, &file, 0, pattern(&pool, 16 << 10, 3), false);
         let mut buffer = pool.try_take(16 << 10).unwrap();
         buffer.fill(255);
-        let operation = Operation::Read {
-            file: file.clone(),
-            offset: 4096,
-            buffer,
-            range: 8192..12288,
-        };
+        let operation = Operation::Read { file: file.clone(), offset: 4096, buffer, range: 8192..12288 };
         let buffer = run(&mut ring, operation).returned.into_buffer().unwrap();
-        assert!(
-            buffer[..8192]
-                .iter()
-                .chain(&buffer[12288..])
-                .all(|byte| *byte == 255)
-        );
+        assert!(buffer[..8192].iter().chain(&buffer[12288..]).all(|byte| *byte == 255));
         assert_eq!(buffer[8192..12288], pattern(&pool, 16 << 10, 3)[4096..8192]);
     }
 }
@@ -172,14 +132,10 @@ fn writes_of_more_pieces_than_one_transfer_takes_are_continued() {
         let mut ring = Ring::new(8).unwrap();
         let file = thick(folder.path(), 8 << 20);
         let whole = pattern(&pool, 8 << 20, 5);
-        let pieces: Vec<Bytes> = (0..1500)
-            .map(|index| whole.slice(index * 4096..(index + 1) * 4096))
-            .collect();
+        let pieces: Vec<Bytes> =
+            (0..1500).map(|index| whole.slice(index * 4096..(index + 1) * 4096)).collect();
         assert_eq!(write(&mut ring, &file, 0, pieces, true), 1500 * 4096);
-        assert_eq!(
-            read(&mut ring, &pool, &file, 0, 1500 * 4096),
-            whole[..1500 * 4096]
-        );
+        assert_eq!(read(&mut ring, &pool, &file, 0, 1500 * 4096), whole[..1500 * 4096]);
     }
 }
 
@@ -232,14 +188,7 @@ fn a_zeroed_range_reads_as_zeros_and_stays_allocated() {
         let blocks = || std::fs::metadata(folder.path().join("data")).unwrap().blocks();
         let before = blocks();
         let (offset, length) = (1 << 20, 2 << 20);
-        let completion = run(
-            &mut ring,
-            Operation::ZeroRange {
-                file: file.clone(),
-                offset,
-                length,
-            },
-        );
+        let completion = run(&mut ring, Operation::ZeroRange { file: file.clone(), offset, length });
         assert_eq!(completion.result.unwrap(), 0);
         let after = read(&mut ring, &pool, &file, 0, 4 << 20);
         assert_eq!(after[..1 << 20], data[..1 << 20]);
@@ -267,19 +216,14 @@ fn hundreds_of_operations_pass_a_small_queue() {
             );
         }
         assert_eq!(ring.in_flight(), 1000);
-        let mut tokens: Vec<u64> = complete(&mut ring, 1000)
-            .iter()
-            .map(|completion| completion.token.0)
-            .collect();
+        let mut tokens: Vec<u64> =
+            complete(&mut ring, 1000).iter().map(|completion| completion.token.0).collect();
         tokens.sort_unstable();
         assert!(tokens.into_iter().eq(0..1000));
         assert_eq!(ring.in_flight(), 0);
         for index in [0, 499, 999] {
             let offset = u64::try_from(index).unwrap() * 4096;
-            assert_eq!(
-                read(&mut ring, &pool, &file, offset, 4096),
-                pattern(&pool, 4096, index)
-            );
+            assert_eq!(read(&mut ring, &pool, &file, offset, 4096), pattern(&pool, 4096, index));
         }
     }
 }
@@ -290,10 +234,7 @@ fn empty_operations_complete() {
     let mut ring = Ring::new(8).unwrap();
     let file = thick(folder.path(), 4096);
     assert_eq!(write(&mut ring, &file, 0, Bytes::new(), true), 0);
-    assert_eq!(
-        write(&mut ring, &file, 0, vec![Bytes::new(), Bytes::new()], true),
-        0
-    );
+    assert_eq!(write(&mut ring, &file, 0, vec![Bytes::new(), Bytes::new()], true), 0);
 }
 
 #[test]
@@ -301,10 +242,7 @@ fn a_thick_file_that_does_not_fit_is_refused_and_leaves_nothing() {
     for folder in folders() {
         let path = folder.path().join("data");
         let refused = File::create_thick(&path, 1 << 60, false).unwrap_err();
-        assert!(
-            matches!(refused, FileError::NoSpace { size, .. } if size == 1 << 60),
-            "{refused}"
-        );
+        assert!(matches!(refused, FileError::NoSpace { size, .. } if size == 1 << 60), "{refused}");
         assert!(!path.exists());
         let refused = File::create_thick(&path, 0, false).unwrap_err();
         assert!(matches!(refused, FileError::System { .. }), "{refused}");
@@ -325,19 +263,10 @@ fn an_existing_file_is_never_replaced() {
 #[test]
 fn folders_missing_files_and_file_systems_without_direct_io_are_refused() {
     let folder = TempDir::new().unwrap();
-    assert!(matches!(
-        File::open(folder.path(), false),
-        Err(FileError::System { .. })
-    ));
-    assert!(matches!(
-        File::open(&folder.path().join("none"), false),
-        Err(FileError::System { .. })
-    ));
+    assert!(matches!(File::open(folder.path(), false), Err(FileError::System { .. })));
+    assert!(matches!(File::open(&folder.path().join("none"), false), Err(FileError::System { .. })));
     let proc = Path::new("/proc/self/comm");
-    assert!(matches!(
-        File::open(proc, true),
-        Err(FileError::DirectRefused { .. })
-    ));
+    assert!(matches!(File::open(proc, true), Err(FileError::DirectRefused { .. })));
 }
 
 /// Echoes 8 MiB sends through a slow peer, in pieces, on both kinds of socket.
@@ -362,23 +291,12 @@ fn large_sends_complete_in_full_before_a_slow_reader() {
         let socket = Socket::from(near);
         let whole = pattern(&pool, LENGTH, 21);
         // More pieces than one sendmsg takes.
-        let data: Vec<Bytes> = (0..2048)
-            .map(|index| whole.slice(index * 4096..(index + 1) * 4096))
-            .collect();
-        let completion = run(
-            &mut ring,
-            Operation::Send {
-                socket: socket.clone(),
-                data: data.into(),
-            },
-        );
+        let data: Vec<Bytes> = (0..2048).map(|index| whole.slice(index * 4096..(index + 1) * 4096)).collect();
+        let completion = run(&mut ring, Operation::Send { socket: socket.clone(), data: data.into() });
         assert_eq!(completion.result.unwrap(), LENGTH);
         let completion = run(&mut ring, receive(&socket, &pool, LENGTH / 2, true));
         assert_eq!(completion.result.unwrap(), LENGTH / 2);
-        assert_eq!(
-            completion.returned.into_buffer().unwrap()[..],
-            whole[..LENGTH / 2]
-        );
+        assert_eq!(completion.returned.into_buffer().unwrap()[..], whole[..LENGTH / 2]);
         let mut rest = Vec::new();
         loop {
             let completion = run(&mut ring, receive(&socket, &pool, 1 << 20, false));
@@ -390,13 +308,7 @@ fn large_sends_complete_in_full_before_a_slow_reader() {
         }
         assert_eq!(rest, whole[LENGTH / 2..]);
         echo.join().unwrap();
-        let completion = run(
-            &mut ring,
-            Operation::Send {
-                socket,
-                data: whole.clone().into(),
-            },
-        );
+        let completion = run(&mut ring, Operation::Send { socket, data: whole.clone().into() });
         assert_eq!(completion.result.unwrap_err().raw_os_error(), Some(libc::EPIPE));
     }
 }
@@ -451,13 +363,7 @@ fn a_second_send_on_a_socket_is_a_defect() {
     let socket = Socket::from(near);
     for _ in 0..2 {
         let data = Bytes::from_static(b"x").into();
-        ring.submit(
-            Token(0),
-            Operation::Send {
-                socket: socket.clone(),
-                data,
-            },
-        );
+        ring.submit(Token(0), Operation::Send { socket: socket.clone(), data });
     }
 }
 
@@ -505,11 +411,7 @@ fn a_wait_ends_at_its_time_and_polls_without_waiting() {
     assert!(start.elapsed() < Duration::from_secs(1));
     let start = Instant::now();
     assert!(!ring.wait(Some(Duration::from_millis(30)), &mut out).unwrap());
-    assert!(
-        start.elapsed() >= Duration::from_millis(29),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() >= Duration::from_millis(29), "{:?}", start.elapsed());
     assert!(out.is_empty());
     ring.waker().wake();
     assert!(ring.wait(None, &mut out).unwrap());
@@ -525,15 +427,7 @@ fn a_dropped_ring_gives_all_memory_back() {
         let file = thick(folder.path(), 4 << 20);
         for index in 0..64 {
             let (file, data) = (file.clone(), pattern(&pool, 64 << 10, 1).into());
-            ring.submit(
-                Token(1),
-                Operation::Write {
-                    file,
-                    offset: index * (64 << 10),
-                    data,
-                    durable: true,
-                },
-            );
+            ring.submit(Token(1), Operation::Write { file, offset: index * (64 << 10), data, durable: true });
         }
         ring.submit(Token(2), receive(&near, &pool, 4096, true));
         ring.submit(Token(3), receive(&far, &pool, 4096, false));

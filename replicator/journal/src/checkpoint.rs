@@ -47,24 +47,13 @@ impl Checkpoint {
     /// The checkpoint of a new, empty log. At creation it is written to its slot, and its [`Self::next`] to the
     /// other, before the first append: so a log in use never has an empty slot.
     pub const fn first(mirror: MirrorId, config: RedoConfig, applied: Tip) -> Self {
-        Self {
-            mirror,
-            generation: 0,
-            config,
-            applied,
-            scan_start: Cursor::START,
-        }
+        Self { mirror, generation: 0, config, applied, scan_start: Cursor::START }
     }
 
     /// The checkpoint after this one: `applied` is durable at home and the log continues at `scan_start`.
     #[must_use]
     pub const fn next(&self, applied: Tip, scan_start: Cursor) -> Self {
-        Self {
-            generation: self.generation + 1,
-            applied,
-            scan_start,
-            ..*self
-        }
+        Self { generation: self.generation + 1, applied, scan_start, ..*self }
     }
 
     /// The slot that this checkpoint is written to: 0 or 1.
@@ -102,10 +91,7 @@ impl Checkpoint {
             generation: body.generation.get(),
             config: config.map_err(|_| PageError::Fields)?,
             applied: body.applied.into(),
-            scan_start: Cursor {
-                segment_number: body.scan_number.get(),
-                offset: body.scan_offset.get(),
-            },
+            scan_start: Cursor { segment_number: body.scan_number.get(), offset: body.scan_offset.get() },
         };
         let offset = checkpoint.scan_start.offset;
         if !offset.is_multiple_of(PAGE_BYTES)
@@ -131,11 +117,7 @@ impl Checkpoint {
         let read = |page: &[u8], slot: u64| {
             let checkpoint = Self::decode(page)?;
             // A page in the wrong slot was misdirected and proves nothing.
-            if checkpoint.slot() == slot {
-                Ok(checkpoint)
-            } else {
-                Err(PageError::Fields)
-            }
+            if checkpoint.slot() == slot { Ok(checkpoint) } else { Err(PageError::Fields) }
         };
         match (read(slot_0, 0), read(slot_1, 1)) {
             (Ok(even), Ok(odd)) if even.generation < odd.generation => Ok(Some(odd)),
@@ -155,14 +137,8 @@ mod tests {
     fn pages() -> (Checkpoint, Checkpoint) {
         let config = RedoConfig::new(4, 1 << 16).unwrap();
         let first = Checkpoint::first(MirrorId::from_bytes([7; 16]), config, Tip::default());
-        let tip = Tip {
-            chain: ChainHash([9; 32]),
-            ..Tip::default()
-        };
-        let cursor = Cursor {
-            segment_number: 3,
-            offset: 8192,
-        };
+        let tip = Tip { chain: ChainHash([9; 32]), ..Tip::default() };
+        let cursor = Cursor { segment_number: 3, offset: 8192 };
         (first, first.next(tip, cursor))
     }
 
@@ -197,9 +173,6 @@ mod tests {
     #[test]
     fn the_encoding_is_pinned() {
         let hash = blake3::hash(&pages().1.encode()).to_hex();
-        assert_eq!(
-            hash.as_str(),
-            "e51671daae9eb8e62308bd240136754120e62711c43cfe94aa13469989dcb818"
-        );
+        assert_eq!(hash.as_str(), "e51671daae9eb8e62308bd240136754120e62711c43cfe94aa13469989dcb818");
     }
 }

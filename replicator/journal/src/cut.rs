@@ -143,10 +143,7 @@ impl CutMeta {
     }
 
     fn tip(&self, chain: ChainHash) -> Tip {
-        Tip {
-            position: self.lineage.at(self.last),
-            chain,
-        }
+        Tip { position: self.lineage.at(self.last), chain }
     }
 
     /// A record at `sequence` may follow one at `before` in this cut.
@@ -186,10 +183,8 @@ impl CutHeader {
 
     /// The header at the start of `bytes`, with sizes within bounds; its checksum is not verified yet.
     fn read(bytes: &[u8]) -> Result<Self, CutError> {
-        let (header, _) = Self::read_from_prefix(bytes).map_err(|_| CutError::Length {
-            wanted: 256,
-            found: wide(bytes.len()),
-        })?;
+        let (header, _) = Self::read_from_prefix(bytes)
+            .map_err(|_| CutError::Length { wanted: 256, found: wide(bytes.len()) })?;
         if header.magic != MAGIC {
             return Err(CutError::Magic);
         }
@@ -229,11 +224,7 @@ impl CutHeader {
     fn size(&self) -> CutSize {
         CutSize {
             head_bytes: u64::from(self.head_bytes.get()),
-            payload_bytes: if self.is_header_only() {
-                0
-            } else {
-                self.payload_bytes.get()
-            },
+            payload_bytes: if self.is_header_only() { 0 } else { self.payload_bytes.get() },
         }
     }
 
@@ -252,10 +243,7 @@ impl CutHeader {
 
     /// CRC-32C over the header, without the checksum, and the record table.
     fn checksum_over(&self, table: &[u8]) -> U32 {
-        let blank = Self {
-            header_crc: U32::ZERO,
-            ..*self
-        };
+        let blank = Self { header_crc: U32::ZERO, ..*self };
         U32::new(crc32c::crc32c_append(crc32c::crc32c(blank.as_bytes()), table))
     }
 
@@ -339,10 +327,7 @@ pub fn peek(header: &[u8]) -> Result<CutSize, CutError> {
 /// Splits `head` into the verified header and the record table.
 fn open_head(head: &[u8]) -> Result<(CutHeader, &[RecordHeader]), CutError> {
     let header = CutHeader::read(head)?;
-    let length = CutError::Length {
-        wanted: header.size().head_bytes,
-        found: wide(head.len()),
-    };
+    let length = CutError::Length { wanted: header.size().head_bytes, found: wide(head.len()) };
     let after = head.get(CUT_HEADER_BYTES..).ok_or(length)?;
     let (table, padding) =
         <[RecordHeader]>::ref_from_prefix_with_elems(after, header.records()?).map_err(|_| length)?;
@@ -367,10 +352,7 @@ fn open_head(head: &[u8]) -> Result<(CutHeader, &[RecordHeader]), CutError> {
 pub fn decode(bytes: &Bytes) -> Result<Cut, CutError> {
     let size = peek(bytes)?;
     let found = wide(bytes.len());
-    let length = CutError::Length {
-        wanted: size.total_bytes(),
-        found,
-    };
+    let length = CutError::Length { wanted: size.total_bytes(), found };
     if found != size.total_bytes() {
         return Err(length);
     }
@@ -396,12 +378,7 @@ pub fn decode(bytes: &Bytes) -> Result<Cut, CutError> {
         before = record.sequence;
         records.push(record);
     }
-    Ok(Cut {
-        tip: meta.tip(ChainHash(header.chain)),
-        meta,
-        records,
-        header_only,
-    })
+    Ok(Cut { tip: meta.tip(ChainHash(header.chain)), meta, records, header_only })
 }
 
 /// The head of an `INITIAL` cut as it stands in the redo log: without payloads, which are at home already.
@@ -411,10 +388,7 @@ pub fn decode(bytes: &Bytes) -> Result<Cut, CutError> {
 /// If the head is bad or the cut is not an initial one.
 pub fn header_only(cut: &Bytes) -> Result<Bytes, CutError> {
     let size = peek(cut)?;
-    let length = CutError::Length {
-        wanted: size.head_bytes,
-        found: wide(cut.len()),
-    };
+    let length = CutError::Length { wanted: size.head_bytes, found: wide(cut.len()) };
     let head_length = usize::try_from(size.head_bytes).map_err(|_| length)?;
     let (mut header, table) = open_head(cut.get(..head_length).ok_or(length)?)?;
     let flags = header.flags.get();

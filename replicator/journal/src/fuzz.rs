@@ -13,16 +13,9 @@ pub fn decode_cut(data: &[u8]) {
     let bytes = Bytes::copy_from_slice(data);
     let Ok(cut) = decode(&bytes) else { return };
     let size = data.get(..CUT_HEADER_BYTES).map(peek);
-    assert!(
-        size.is_some_and(|size| size.is_ok()),
-        "a good cut has a good header"
-    );
+    assert!(size.is_some_and(|size| size.is_ok()), "a good cut has a good header");
     if cut.header_only {
-        assert_eq!(
-            header_only(&bytes).as_ref(),
-            Ok(&bytes),
-            "the encoding is canonical"
-        );
+        assert_eq!(header_only(&bytes).as_ref(), Ok(&bytes), "the encoding is canonical");
         return;
     }
     let encoded = encode(&cut.meta, &cut.records);
@@ -34,10 +27,7 @@ pub fn decode_cut(data: &[u8]) {
     assert_eq!(again, data, "the encoding is canonical");
     if cut.meta.initial {
         let head = header_only(&bytes).and_then(|head| decode(&head));
-        assert!(
-            head.is_ok_and(|head| head.tip == cut.tip),
-            "the tip stays the same"
-        );
+        assert!(head.is_ok_and(|head| head.tip == cut.tip), "the tip stays the same");
     }
 }
 

@@ -26,22 +26,13 @@ pub struct Lineage {
 impl Lineage {
     /// The position of `sequence` in this lineage.
     pub const fn at(self, sequence: Sequence) -> Position {
-        Position {
-            epoch: self.epoch,
-            origin: self.origin,
-            incarnation: self.incarnation,
-            sequence,
-        }
+        Position { epoch: self.epoch, origin: self.origin, incarnation: self.incarnation, sequence }
     }
 }
 
 impl From<Position> for Lineage {
     fn from(position: Position) -> Self {
-        Self {
-            epoch: position.epoch,
-            origin: position.origin,
-            incarnation: position.incarnation,
-        }
+        Self { epoch: position.epoch, origin: position.origin, incarnation: position.incarnation }
     }
 }
 
@@ -119,12 +110,8 @@ const PAGE_VERSION: u16 = 1;
 
 /// Builds a page: prefix, `body`, zeros, checksum.
 pub(crate) fn seal_page(magic: [u8; 8], body: &[u8]) -> Bytes {
-    let mut prefix = PagePrefix {
-        magic,
-        version: U16::new(PAGE_VERSION),
-        reserved: U16::ZERO,
-        checksum: U32::ZERO,
-    };
+    let mut prefix =
+        PagePrefix { magic, version: U16::new(PAGE_VERSION), reserved: U16::ZERO, checksum: U32::ZERO };
     let mut page = Vec::with_capacity(PAGE_LENGTH);
     page.extend_from_slice(prefix.as_bytes());
     page.extend_from_slice(body);
@@ -148,10 +135,7 @@ where
     if prefix.magic != magic {
         return Err(PageError::Magic);
     }
-    let blank = PagePrefix {
-        checksum: U32::ZERO,
-        ..prefix
-    };
+    let blank = PagePrefix { checksum: U32::ZERO, ..prefix };
     if crc32c::crc32c_append(crc32c::crc32c(blank.as_bytes()), rest) != prefix.checksum.get() {
         return Err(PageError::Checksum);
     }

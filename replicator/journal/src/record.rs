@@ -100,13 +100,7 @@ pub struct Record {
 impl Record {
     /// The record that makes the target drop `sequence`.
     pub fn void(sequence: Sequence, volume: VolumeIndex) -> Self {
-        Self {
-            sequence,
-            volume,
-            kind: RecordKind::Void,
-            range: ByteRange::default(),
-            payload: Bytes::new(),
-        }
+        Self { sequence, volume, kind: RecordKind::Void, range: ByteRange::default(), payload: Bytes::new() }
     }
 
     /// Bytes of the payload.
@@ -122,11 +116,7 @@ impl Record {
         if !self.kind.allows(self.range) {
             return Err(RecordFault::Range);
         }
-        let wanted = if self.kind.has_payload() {
-            self.range.length()
-        } else {
-            0
-        };
+        let wanted = if self.kind.has_payload() { self.range.length() } else { 0 };
         if self.payload_bytes() != wanted || wanted > crate::CUT_PAYLOAD_BYTES_MAX {
             return Err(RecordFault::Payload);
         }

@@ -123,11 +123,8 @@ pub fn recover<E>(
         cuts: Vec::new(),
     };
     let path = newest_path(&headers, checkpoint.scan_start);
-    let mut stopped_at = if path.is_none() && !headers.is_empty() {
-        RecoveryStop::ScanStartLost
-    } else {
-        RecoveryStop::End
-    };
+    let mut stopped_at =
+        if path.is_none() && !headers.is_empty() { RecoveryStop::ScanStartLost } else { RecoveryStop::End };
     for leg in path.into_iter().flatten() {
         if let Some(stop) = scan.leg(&leg, read)? {
             stopped_at = stop;
@@ -157,10 +154,7 @@ fn read_exactly<E>(
     if usize::try_from(length) == Ok(bytes.len()) {
         Ok(bytes)
     } else {
-        Err(RecoveryError::ShortRead {
-            wanted: length,
-            found: bytes.len(),
-        })
+        Err(RecoveryError::ShortRead { wanted: length, found: bytes.len() })
     }
 }
 
@@ -190,10 +184,7 @@ fn read_headers<E>(
 
 /// The way from the scan start to the newest segment that descends from it. Segments beside that way are void.
 fn newest_path(headers: &Headers, scan_start: Cursor) -> Option<Vec<Leg>> {
-    headers
-        .keys()
-        .rev()
-        .find_map(|newest| path_to(headers, *newest, scan_start))
+    headers.keys().rev().find_map(|newest| path_to(headers, *newest, scan_start))
 }
 
 fn path_to(headers: &Headers, newest: u64, scan_start: Cursor) -> Option<Vec<Leg>> {
@@ -209,11 +200,7 @@ fn path_to(headers: &Headers, newest: u64, scan_start: Cursor) -> Option<Vec<Leg
             file_index: header.file_index,
             previous_end: header.previous_end,
             first: (!starts_here).then_some((header.starts_after, header.first_chain)),
-            from: if starts_here {
-                scan_start.offset
-            } else {
-                PAGE_BYTES
-            },
+            from: if starts_here { scan_start.offset } else { PAGE_BYTES },
             until,
         });
         if starts_here || header.previous_end == scan_start {
@@ -285,11 +272,8 @@ impl Scan {
         if length > limit - offset {
             return Ok(Err(RecoveryStop::BadCut(CutError::Bounds)));
         }
-        let bytes = if length == PAGE_BYTES {
-            first_page
-        } else {
-            read_exactly(read, file_index, offset, length)?
-        };
+        let bytes =
+            if length == PAGE_BYTES { first_page } else { read_exactly(read, file_index, offset, length)? };
         Ok(match decode(&bytes) {
             Err(error) => Err(RecoveryStop::BadCut(error)),
             Ok(cut) if cut.meta.mirror != self.mirror || cut.meta.previous != self.tip => {
@@ -309,11 +293,7 @@ impl Scan {
         };
         self.tip = cut.tip;
         self.end = placement.end();
-        match self
-            .segments
-            .last_mut()
-            .filter(|segment| segment.number == leg.number)
-        {
+        match self.segments.last_mut().filter(|segment| segment.number == leg.number) {
             Some(segment) => segment.end = self.end.offset,
             None => self.segments.push(Segment {
                 number: leg.number,

@@ -44,10 +44,7 @@ pub struct Cursor {
 
 impl Cursor {
     /// Where a new log starts, before any segment.
-    pub const START: Self = Self {
-        segment_number: 0,
-        offset: 0,
-    };
+    pub const START: Self = Self { segment_number: 0, offset: 0 };
 }
 
 /// Where a cut goes.
@@ -68,17 +65,11 @@ pub struct Placement {
 impl Placement {
     /// Where the log continues after the cut: a checkpoint's scan start once the cut is applied.
     pub const fn end(&self) -> Cursor {
-        Cursor {
-            segment_number: self.segment_number,
-            offset: self.offset + self.length,
-        }
+        Cursor { segment_number: self.segment_number, offset: self.offset + self.length }
     }
 
     const fn start(&self) -> Cursor {
-        Cursor {
-            segment_number: self.segment_number,
-            offset: self.offset,
-        }
+        Cursor { segment_number: self.segment_number, offset: self.offset }
     }
 }
 
@@ -134,15 +125,9 @@ impl RedoConfig {
             && segment_bytes <= SEGMENT_BYTES_MAX
             && segment_bytes.is_multiple_of(PAGE_BYTES);
         if allowed {
-            Ok(Self {
-                file_count,
-                segment_bytes,
-            })
+            Ok(Self { file_count, segment_bytes })
         } else {
-            Err(RedoConfigError {
-                file_count,
-                segment_bytes,
-            })
+            Err(RedoConfigError { file_count, segment_bytes })
         }
     }
 
@@ -179,15 +164,7 @@ impl RedoLog {
         assert!(next_number > end.segment_number, "segment numbers rise");
         let in_use = |file| segments.iter().any(|segment| segment.file_index == file);
         let free = (0..config.file_count).filter(|file| !in_use(*file)).collect();
-        Self {
-            config,
-            mirror,
-            free,
-            segments,
-            end,
-            open: false,
-            next_number,
-        }
+        Self { config, mirror, free, segments, end, open: false, next_number }
     }
 
     /// Finds the place of the cut `tip` of `total_bytes` whose predecessor is `previous`, the last cut of the log.
@@ -201,18 +178,12 @@ impl RedoLog {
     /// # Panics
     /// If `total_bytes` is no multiple of 4096, or 0: no cut has such a length.
     pub fn append(&mut self, previous: &Tip, tip: &Tip, total_bytes: u64) -> Result<Placement, RedoFull> {
-        assert!(
-            total_bytes > 0 && total_bytes.is_multiple_of(PAGE_BYTES),
-            "cuts are whole pages"
-        );
+        assert!(total_bytes > 0 && total_bytes.is_multiple_of(PAGE_BYTES), "cuts are whole pages");
         if total_bytes > self.config.room() {
             return Err(RedoFull::CutTooLong);
         }
-        let opens_segment = if total_bytes > self.open_room() {
-            Some(self.open_segment(previous, tip)?)
-        } else {
-            None
-        };
+        let opens_segment =
+            if total_bytes > self.open_room() { Some(self.open_segment(previous, tip)?) } else { None };
         let offset = self.end.offset;
         self.end.offset += total_bytes;
         let segment = self.segments.back_mut();
@@ -247,10 +218,7 @@ impl RedoLog {
             previous_end: self.end,
             end: PAGE_BYTES,
         });
-        self.end = Cursor {
-            segment_number: self.next_number,
-            offset: PAGE_BYTES,
-        };
+        self.end = Cursor { segment_number: self.next_number, offset: PAGE_BYTES };
         self.next_number += 1;
         self.open = true;
         Ok(header.encode())
@@ -268,10 +236,7 @@ impl RedoLog {
         assert!(through <= self.end, "what is released was appended");
         while let Some(front) = self.segments.front() {
             let last = front.number == self.end.segment_number;
-            let end = Cursor {
-                segment_number: front.number,
-                offset: front.end,
-            };
+            let end = Cursor { segment_number: front.number, offset: front.end };
             if end > through || (last && self.open) {
                 break;
             }
@@ -321,24 +286,17 @@ impl RedoLog {
             self.segments.pop_back();
         }
         let voided_whole_segment = to.offset == PAGE_BYTES && self.end < to;
-        assert!(
-            self.end == to || voided_whole_segment,
-            "nothing released is voided"
-        );
+        assert!(self.end == to || voided_whole_segment, "nothing released is voided");
     }
 
     /// Voids the whole log: a rewind or promotion. Gives the scan start of the checkpoint that makes it so; only
     /// when that is durable the old cuts cannot come back, and only then the log may be appended to.
     pub fn reset(&mut self) -> Cursor {
-        self.free
-            .extend(self.segments.iter().map(|segment| segment.file_index));
+        self.free.extend(self.segments.iter().map(|segment| segment.file_index));
         self.segments.clear();
         self.open = false;
         // A number of its own that no segment gets: everything older lies before it.
-        self.end = Cursor {
-            segment_number: self.next_number,
-            offset: 0,
-        };
+        self.end = Cursor { segment_number: self.next_number, offset: 0 };
         self.next_number += 1;
         self.end
     }
@@ -370,11 +328,7 @@ impl RedoLog {
     }
 
     const fn open_room(&self) -> u64 {
-        if self.open {
-            self.config.segment_bytes - self.end.offset
-        } else {
-            0
-        }
+        if self.open { self.config.segment_bytes - self.end.offset } else { 0 }
     }
 }
 

@@ -35,11 +35,7 @@ pub struct Ring {
 impl Ring {
     /// An empty ring.
     pub const fn new(budget: RingBudget) -> Self {
-        Self {
-            budget,
-            records: VecDeque::new(),
-            bytes: 0,
-        }
+        Self { budget, records: VecDeque::new(), bytes: 0 }
     }
 
     /// Appends a record.
@@ -66,10 +62,7 @@ impl Ring {
     /// blocks are the caller's to track. `None` if the ring does not hold it.
     pub fn void(&mut self, sequence: Sequence) -> Option<Record> {
         let index = self.index_after(sequence).checked_sub(1)?;
-        let record = self
-            .records
-            .get_mut(index)
-            .filter(|record| record.sequence == sequence)?;
+        let record = self.records.get_mut(index).filter(|record| record.sequence == sequence)?;
         let void = Record::void(sequence, record.volume);
         let replaced = mem::replace(record, void);
         self.subtract(replaced.payload_bytes());
@@ -162,11 +155,7 @@ mod tests {
         Record {
             sequence: Sequence(sequence),
             volume: VolumeIndex(3),
-            kind: if pages == 0 {
-                RecordKind::Trim
-            } else {
-                RecordKind::Write
-            },
+            kind: if pages == 0 { RecordKind::Trim } else { RecordKind::Write },
             range: ByteRange::new(8192, u64::try_from(pages.max(1) * 4096).unwrap()).unwrap(),
             payload: Bytes::from(vec![7; pages * 4096]),
         }
@@ -194,10 +183,8 @@ mod tests {
     }
 
     fn check_cut(ring: &Ring, model: &[Record], after: u64, limit: u64, bytes_max: u64) {
-        let chosen: Vec<_> = model
-            .iter()
-            .filter(|record| (after + 1..=limit).contains(&record.sequence.0))
-            .collect();
+        let chosen: Vec<_> =
+            model.iter().filter(|record| (after + 1..=limit).contains(&record.sequence.0)).collect();
         let mut bytes = 0;
         let fitting = chosen
             .iter()
@@ -207,11 +194,7 @@ mod tests {
             })
             .count();
         let count = fitting.max(1).min(chosen.len());
-        let expected = if count == chosen.len() {
-            Sequence(limit)
-        } else {
-            chosen[count - 1].sequence
-        };
+        let expected = if count == chosen.len() { Sequence(limit) } else { chosen[count - 1].sequence };
         let through = ring.last_through(Sequence(after), Sequence(limit), bytes_max);
         assert_eq!(through, expected);
         let records: Vec<_> = ring.records(Sequence(after), through).collect();
@@ -258,18 +241,12 @@ mod tests {
 
     #[test]
     fn a_cut_has_at_most_the_formats_number_of_records() {
-        let mut ring = Ring::new(RingBudget {
-            bytes_max: 0,
-            records_max: RECORDS_MAX + 2,
-        });
+        let mut ring = Ring::new(RingBudget { bytes_max: 0, records_max: RECORDS_MAX + 2 });
         for sequence in 1..=5000 {
             let fits = sequence <= u64::try_from(RECORDS_MAX + 2).unwrap();
             assert_eq!(ring.push(write(sequence, 0)).is_ok(), fits);
         }
         assert_eq!(ring.last_through(Sequence(0), Sequence(5000), 0), Sequence(4096));
-        assert_eq!(
-            ring.last_through(Sequence(4096), Sequence(5000), 0),
-            Sequence(5000)
-        );
+        assert_eq!(ring.last_through(Sequence(4096), Sequence(5000), 0), Sequence(5000));
     }
 }

@@ -110,10 +110,7 @@ mod tests {
             number: 9,
             file_index: 2,
             segment_bytes: 1 << 20,
-            previous_end: Cursor {
-                segment_number: 7,
-                offset: 12_288,
-            },
+            previous_end: Cursor { segment_number: 7, offset: 12_288 },
             starts_after: Tip::default(),
             first_chain: ChainHash([3; 32]),
         }
@@ -132,14 +129,8 @@ mod tests {
 
     #[test]
     fn a_predecessor_that_is_not_older_is_refused() {
-        let cursor = Cursor {
-            segment_number: 9,
-            offset: 12_288,
-        };
-        let looped = SegmentHeader {
-            previous_end: cursor,
-            ..header()
-        };
+        let cursor = Cursor { segment_number: 9, offset: 12_288 };
+        let looped = SegmentHeader { previous_end: cursor, ..header() };
         assert_eq!(SegmentHeader::decode(&looped.encode()), Err(PageError::Fields));
     }
 
@@ -147,9 +138,6 @@ mod tests {
     #[test]
     fn the_encoding_is_pinned() {
         let hash = blake3::hash(&header().encode()).to_hex();
-        assert_eq!(
-            hash.as_str(),
-            "77f58eff4c4e6cf684c32e05e5afb85c9409d3a372ad89354261a58919151e6b"
-        );
+        assert_eq!(hash.as_str(), "77f58eff4c4e6cf684c32e05e5afb85c9409d3a372ad89354261a58919151e6b");
     }
 }

@@ -69,7 +69,12 @@ fn main() -> anyhow::Result<ExitCode> {
             }
         }
         if count > 1000 && (passed + failed).is_multiple_of(1000) {
-            writeln!(out, "{} of {count} seeds, {failed} failed, {:.0} s", passed + failed, started.elapsed().as_secs_f64())?;
+            writeln!(
+                out,
+                "{} of {count} seeds, {failed} failed, {:.0} s",
+                passed + failed,
+                started.elapsed().as_secs_f64()
+            )?;
         }
     }
     writeln!(out, "{total:?}")?;
@@ -78,6 +83,7 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 fn parse(text: &str) -> anyhow::Result<std::ops::Range<u64>> {
-    let (from, to) = text.split_once("..").ok_or_else(|| anyhow::anyhow!("--seeds wants FROM..TO, not '{text}'"))?;
+    let (from, to) =
+        text.split_once("..").ok_or_else(|| anyhow::anyhow!("--seeds wants FROM..TO, not '{text}'"))?;
     Ok(from.parse()?..to.parse()?)
 }

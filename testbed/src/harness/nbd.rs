@@ -211,6 +211,33 @@ impl NbdClient {
         Ok(())
     }
 
+    /// Asks for bytes and does not wait for them.
+    ///
+    /// # Errors
+    /// If the connection is gone.
+    pub fn begin_read(&mut self, offset: u64, length: u32) -> Result<(), NbdError> {
+        let header = self.header(COMMAND_READ, 0, offset, length);
+        Ok(self.stream.write_all(&header)?)
+    }
+
+    /// Announces a write of `length` bytes and sends only the beginning of its payload.
+    ///
+    /// # Errors
+    /// If the connection is gone.
+    pub fn begin_write(&mut self, offset: u64, length: u32, beginning: &[u8]) -> Result<(), NbdError> {
+        let mut message = self.header(COMMAND_WRITE, 0, offset, length);
+        message.extend_from_slice(beginning);
+        Ok(self.stream.write_all(&message)?)
+    }
+
+    /// Sends more of a payload that [`Self::begin_write`] announced.
+    ///
+    /// # Errors
+    /// If the connection is gone.
+    pub fn send_payload(&mut self, more: &[u8]) -> Result<(), NbdError> {
+        Ok(self.stream.write_all(more)?)
+    }
+
     fn header(&mut self, command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
         self.cookie += 1;
         let mut header = REQUEST_MAGIC.to_be_bytes().to_vec();

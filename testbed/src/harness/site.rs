@@ -281,6 +281,17 @@ impl Site {
         times.map(|field| field.parse::<u64>().context("/proc/PID/stat")).sum()
     }
 
+    /// Memory of the daemon that is in RAM.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let child = self.child.as_ref().with_context(|| format!("{} does not run", self.name))?;
+        let text = fs::read_to_string(format!("/proc/{}/statm", child.id()))?;
+        let pages: u64 = text.split_whitespace().nth(1).context("/proc/PID/statm")?.parse()?;
+        Ok(pages * 4096)
+    }
+
     /// The site's name.
     pub fn name(&self) -> &str {
         &self.name

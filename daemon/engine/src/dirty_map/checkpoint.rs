@@ -112,11 +112,7 @@ impl DirtyMap {
         let chunks = <[ChunkEntry]>::ref_from_bytes_with_elems(body, count(header.chunks)?)
             .map_err(|_| CheckpointError::Damaged)?;
         let map = Self::from_entries(runs, chunks, size).ok_or(CheckpointError::Content)?;
-        if map.count == header.blocks.get() {
-            Ok(map)
-        } else {
-            Err(CheckpointError::Content)
-        }
+        if map.count == header.blocks.get() { Ok(map) } else { Err(CheckpointError::Content) }
     }
 
     /// `None` unless the entries are what `encode` makes: ascending, disjoint, each in its shortest form.
@@ -138,9 +134,7 @@ impl DirtyMap {
             let bits = Bits::<CHUNK_WORDS>::from_words(entry.words.iter().map(|word| word.get()));
             let count = bits.count();
             let ascending = map.partial.last_key_value().is_none_or(|(last, _)| *last < chunk);
-            let start = chunk
-                .checked_mul(CHUNK_BLOCKS)
-                .filter(|start| *start < size_blocks)?;
+            let start = chunk.checked_mul(CHUNK_BLOCKS).filter(|start| *start < size_blocks)?;
             let inside = bits.next_set(size_blocks - start).is_none();
             let form = count > 0 && count < CHUNK_BLOCKS && !map.full.contains(chunk);
             if !ascending || !inside || !form {
@@ -217,15 +211,9 @@ mod tests {
     fn another_volume_or_a_smaller_one_is_refused() {
         let (good, other) = (sample(), VolumeId::from_bytes([2; 16]));
         let owner = VolumeId::from_bytes([1; 16]);
-        assert_eq!(
-            DirtyMap::decode(&good, other, SIZE),
-            Err(CheckpointError::Volume(owner))
-        );
+        assert_eq!(DirtyMap::decode(&good, other, SIZE), Err(CheckpointError::Volume(owner)));
         let small = ByteCount(400 << 20);
-        assert_eq!(
-            DirtyMap::decode(&good, owner, small),
-            Err(CheckpointError::Content)
-        );
+        assert_eq!(DirtyMap::decode(&good, owner, small), Err(CheckpointError::Content));
     }
 
     proptest! {

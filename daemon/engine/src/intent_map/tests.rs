@@ -46,19 +46,11 @@ impl File {
 
     fn slots(&self) -> Vec<SlotPair> {
         let slot = |bytes: &[u8]| Some(Bytes::copy_from_slice(bytes));
-        self.0
-            .chunks(8192)
-            .map(|pair| [slot(&pair[..4096]), slot(&pair[4096..])])
-            .collect()
+        self.0.chunks(8192).map(|pair| [slot(&pair[..4096]), slot(&pair[4096..])]).collect()
     }
 
     fn load(&self) -> (IntentMap, Vec<u64>) {
-        IntentMap::load(
-            VOLUME,
-            ByteCount(REGIONS * REGION - 1),
-            ByteCount(REGION),
-            self.slots(),
-        )
+        IntentMap::load(VOLUME, ByteCount(REGIONS * REGION - 1), ByteCount(REGION), self.slots())
     }
 }
 
@@ -67,10 +59,7 @@ fn settle(map: &mut IntentMap, file: &mut File) -> usize {
     let mut writes = 0;
     while let Some(write) = map.poll_write() {
         file.write(&write, 0xFF);
-        assert_eq!(
-            map.written(write.page, write.generation, Ok(())),
-            PageWritten::Durable
-        );
+        assert_eq!(map.written(write.page, write.generation, Ok(())), PageWritten::Durable);
         writes += 1;
     }
     assert!(map.is_settled());
@@ -115,21 +104,13 @@ fn a_failed_write_fails_the_waiters_and_keeps_what_was_durable() {
     let write = map.poll_write().unwrap();
     file.write(&write, 0x0F);
     let failed = map.written(write.page, write.generation, Err(HostError::Io));
-    assert_eq!(
-        failed,
-        PageWritten::Failed {
-            range: regions(PAGE_REGIONS, PAGE_REGIONS)
-        }
-    );
+    assert_eq!(failed, PageWritten::Failed { range: regions(PAGE_REGIONS, PAGE_REGIONS) });
     assert!(!map.is_durable(region(PAGE_REGIONS + 3)));
     assert!(file.load().0.is_durable(region(PAGE_REGIONS)));
     assert_eq!(map.poll_write(), None, "a broken device is not hammered");
     assert!(!map.request(region(PAGE_REGIONS + 3)));
     let again = map.poll_write().unwrap();
-    assert_eq!(
-        again.file_offset, write.file_offset,
-        "never over the slot that holds"
-    );
+    assert_eq!(again.file_offset, write.file_offset, "never over the slot that holds");
     map.written(again.page, again.generation, Err(HostError::Io));
     assert!(!map.request(region(PAGE_REGIONS + 3)));
     settle(&mut map, &mut file);
@@ -186,10 +167,7 @@ fn pages_of_another_volume_place_or_region_size_are_no_pages() {
     assert_eq!(larger.1, [0, 1]);
     let mut swapped = file.slots();
     swapped.swap(0, 1);
-    assert_eq!(
-        IntentMap::load(VOLUME, size, ByteCount(REGION), swapped).1,
-        [0, 1]
-    );
+    assert_eq!(IntentMap::load(VOLUME, size, ByteCount(REGION), swapped).1, [0, 1]);
 }
 
 #[derive(Clone, Debug)]

@@ -72,11 +72,7 @@ impl Splitter {
             HostCommand::WriteZeroes { range, .. } if large(range) => (Kind::ZeroesRange, *range),
             HostCommand::WriteZeroes { range, .. } => (Kind::ZeroesWritten, *range),
         };
-        Self {
-            kind,
-            at: range.offset(),
-            end: range.end(),
-        }
+        Self { kind, at: range.offset(), end: range.end() }
     }
 
     /// True if no step is to come.
@@ -140,22 +136,14 @@ mod tests {
     use super::*;
 
     fn commands() -> impl Strategy<Value = HostCommand> {
-        let lengths = prop_oneof![
-            0_u64..10_000,
-            (1_u64 << 20) - 5000..(1 << 20) + 5000,
-            0_u64..4 << 20
-        ];
+        let lengths = prop_oneof![0_u64..10_000, (1_u64 << 20) - 5000..(1 << 20) + 5000, 0_u64..4 << 20];
         (0_u64..3 << 20, lengths, 0..4).prop_map(|(offset, length, kind)| {
             let range = ByteRange::new(offset, length).unwrap();
             match kind {
                 0 => HostCommand::Read { range },
                 1 => HostCommand::Write { range, fua: false },
                 2 => HostCommand::Trim { range, fua: false },
-                _ => HostCommand::WriteZeroes {
-                    range,
-                    fua: false,
-                    no_hole: true,
-                },
+                _ => HostCommand::WriteZeroes { range, fua: false, no_hole: true },
             }
         })
     }

@@ -14,25 +14,15 @@ fn range(offset: u64, length: u64) -> ByteRange {
 }
 
 fn write(offset: u64, length: u64, fua: bool) -> HostCommand {
-    HostCommand::Write {
-        range: range(offset, length),
-        fua,
-    }
+    HostCommand::Write { range: range(offset, length), fua }
 }
 
 fn trim(offset: u64, length: u64, fua: bool) -> HostCommand {
-    HostCommand::Trim {
-        range: range(offset, length),
-        fua,
-    }
+    HostCommand::Trim { range: range(offset, length), fua }
 }
 
 fn zeroes(offset: u64, length: u64, fua: bool) -> HostCommand {
-    HostCommand::WriteZeroes {
-        range: range(offset, length),
-        fua,
-        no_hole: false,
-    }
+    HostCommand::WriteZeroes { range: range(offset, length), fua, no_hole: false }
 }
 
 fn bounds(range: ByteRange) -> std::ops::Range<usize> {
@@ -40,14 +30,7 @@ fn bounds(range: ByteRange) -> std::ops::Range<usize> {
 }
 
 fn volume(size: u64, limit: IopsLimit, mirrored: bool) -> Volume {
-    Volume::new(
-        VolumeConfig {
-            size: ByteCount(size),
-            limit,
-            mirrored,
-        },
-        Monotonic(0),
-    )
+    Volume::new(VolumeConfig { size: ByteCount(size), limit, mirrored }, Monotonic(0))
 }
 
 /// Runs a volume's effects on plain bytes; the payload of command `n` is all bytes `n + 1`.
@@ -100,10 +83,7 @@ impl Shard {
                 | Effect::ZeroRange { step, device, .. }
                 | Effect::CopyReady { step, device } => {
                     assert!(device.is_unit_aligned() && device.length() <= MIB);
-                    let clash = self
-                        .held
-                        .iter()
-                        .any(|(other, held)| *other != step && held.overlaps(device));
+                    let clash = self.held.iter().any(|(other, held)| *other != step && held.overlaps(device));
                     assert!(!clash, "two writes at once on {device}");
                     self.held.insert(step, device);
                     self.pending.push(effect);
@@ -123,20 +103,11 @@ impl Shard {
     fn end(&mut self, index: usize, result: HostResult) {
         let now = self.now;
         match self.pending.remove(index) {
-            Effect::Read {
-                step, device, wanted, ..
-            } => {
+            Effect::Read { step, device, wanted, .. } => {
                 assert!(device.contains(wanted));
                 self.volume.read_done(now, step, result);
             }
-            Effect::Prepare {
-                step,
-                command,
-                device,
-                wanted,
-                read_head,
-                read_tail,
-            } => {
+            Effect::Prepare { step, command, device, wanted, read_head, read_tail } => {
                 let sealed = self.seal(command, device, wanted, (read_head, read_tail));
                 self.prepared.insert(step, sealed);
                 self.volume.prepared(now, step, result);
@@ -145,12 +116,7 @@ impl Shard {
                 Ok(()) => self.volume.admitted(now, step),
                 Err(error) => self.volume.admit_failed(now, step, error),
             },
-            Effect::Write {
-                step,
-                device,
-                content,
-                ..
-            } => {
+            Effect::Write { step, device, content, .. } => {
                 let bytes = match content {
                     Content::Sealed => self.prepared.remove(&step).unwrap(),
                     Content::Zeros => vec![0; bounds(device).len()],
@@ -188,11 +154,7 @@ impl Shard {
             let tail = bytes.len() - unit;
             bytes[tail..].copy_from_slice(&home[tail..]);
         }
-        let payload = if self.zeroing.contains(&command) {
-            0
-        } else {
-            fill(command.0)
-        };
+        let payload = if self.zeroing.contains(&command) { 0 } else { fill(command.0) };
         let start = usize::try_from(wanted.offset() - device.offset()).unwrap();
         bytes[start..start + usize::try_from(wanted.length()).unwrap()].fill(payload);
         bytes
@@ -242,9 +204,7 @@ fn commands() -> impl Strategy<Value = HostCommand> {
             0..3 => write(offset, length, fua),
             3 => trim(offset, length, fua),
             4..6 => zeroes(offset, length, fua),
-            6 => HostCommand::Read {
-                range: range(offset, length),
-            },
+            6 => HostCommand::Read { range: range(offset, length) },
             _ => HostCommand::Flush,
         }
     })
@@ -346,18 +306,14 @@ proptest! {
 fn a_huge_trim_has_few_steps_in_flight() {
     let size = 16 << 40;
     let mut shard = Shard::new(volume(size, IopsLimit::Unlimited, true), 0);
-    shard
-        .volume
-        .submit(Monotonic(0), CommandId(0), trim(5, size - 5, false));
+    shard.volume.submit(Monotonic(0), CommandId(0), trim(5, size - 5, false));
     shard.collect();
     assert_eq!(shard.pending.len(), STEPS_IN_FLIGHT_MAX);
     for _ in 0..100 {
         shard.end(0, Ok(()));
         assert_eq!(shard.volume.steps.len(), STEPS_IN_FLIGHT_MAX);
         let zero = shard.pending.pop().unwrap();
-        let Effect::ZeroRange { step, .. } = zero else {
-            panic!("{zero:?}")
-        };
+        let Effect::ZeroRange { step, .. } = zero else { panic!("{zero:?}") };
         shard.volume.zeroed(Monotonic(0), step, Ok(()));
         shard.collect();
     }
@@ -384,9 +340,7 @@ fn a_small_trim_does_nothing_and_zero_lengths_are_answered() {
         trim(0, MIB - 1, true),
         write(7, 0, true),
         zeroes(9, 0, true),
-        HostCommand::Read {
-            range: range(SIZE, 0),
-        },
+        HostCommand::Read { range: range(SIZE, 0) },
     ];
     for (id, command) in (0..).zip(commands) {
         shard.submit(id, command);
@@ -403,14 +357,7 @@ fn forced_unit_access_is_durable_on_every_path() {
     assert!(matches!(shard.pending[0], Effect::Write { durable: true, .. }));
     shard.end(0, Ok(()));
     shard.submit(1, zeroes(0, 8192, true));
-    assert!(matches!(
-        shard.pending[0],
-        Effect::Write {
-            content: Content::Zeros,
-            durable: true,
-            ..
-        }
-    ));
+    assert!(matches!(shard.pending[0], Effect::Write { content: Content::Zeros, durable: true, .. }));
     shard.end(0, Ok(()));
     shard.submit(2, zeroes(0, 2 * MIB, true));
     assert_eq!(shard.pending.len(), 2);
@@ -434,31 +381,16 @@ fn a_failed_flush_poisons_writes_and_flushes_but_not_reads() {
     assert_eq!(shard.volume.throttled(), 2);
     shard.submit(3, HostCommand::Flush);
     shard.submit(4, HostCommand::Flush);
-    let flush = shard
-        .pending
-        .iter()
-        .position(|effect| matches!(effect, Effect::Flush { .. }))
-        .unwrap();
+    let flush = shard.pending.iter().position(|effect| matches!(effect, Effect::Flush { .. })).unwrap();
     shard.end(flush, Err(HostError::Io));
     assert!(shard.volume.is_poisoned());
     assert_eq!((shard.reply(1), shard.reply(2)), (Some(Err(HostError::Io)), None));
     shard.end_all();
-    assert_eq!(
-        shard.reply(0),
-        Some(Err(HostError::Io)),
-        "prepared, but not written any more"
-    );
-    assert_eq!(
-        shard.reply(4),
-        Some(Err(HostError::Io)),
-        "its flush says nothing any more"
-    );
+    assert_eq!(shard.reply(0), Some(Err(HostError::Io)), "prepared, but not written any more");
+    assert_eq!(shard.reply(4), Some(Err(HostError::Io)), "its flush says nothing any more");
     shard.submit(5, HostCommand::Flush);
     shard.submit(6, write(0, 1, false));
-    assert_eq!(
-        (shard.reply(5), shard.reply(6)),
-        (Some(Err(HostError::Io)), Some(Err(HostError::Io)))
-    );
+    assert_eq!((shard.reply(5), shard.reply(6)), (Some(Err(HostError::Io)), Some(Err(HostError::Io))));
     shard.now = shard.volume.poll_timeout().unwrap();
     shard.volume.handle_time(shard.now);
     shard.collect();
@@ -483,12 +415,7 @@ fn requests_beyond_the_end_are_refused() {
     let mut shard = Shard::new(volume(SIZE, IopsLimit::Unlimited, false), SIZE);
     shard.submit(0, write(SIZE - 1, 2, false));
     shard.submit(1, zeroes(SIZE, 1, false));
-    shard.submit(
-        2,
-        HostCommand::Read {
-            range: range(SIZE - 1, 2),
-        },
-    );
+    shard.submit(2, HostCommand::Read { range: range(SIZE - 1, 2) });
     shard.submit(3, trim(SIZE, 1, false));
     let replies: Vec<_> = shard.replies.values().copied().collect();
     let (no_space, invalid) = (Err(HostError::NoSpace), Err(HostError::Invalid));
@@ -505,13 +432,7 @@ fn a_copy_waits_for_writes_and_writes_wait_for_it() {
     for _ in 0..3 {
         shard.end(0, Ok(()));
     }
-    assert_eq!(
-        shard.pending,
-        [Effect::CopyReady {
-            step: copy,
-            device: range(0, MIB)
-        }]
-    );
+    assert_eq!(shard.pending, [Effect::CopyReady { step: copy, device: range(0, MIB) }]);
     shard.end(0, Ok(()));
     assert!(matches!(shard.pending[..], [Effect::Prepare { .. }]));
     let given_up = shard.volume.begin_copy(shard.now, range(0, MIB));
@@ -545,9 +466,6 @@ fn an_offline_volume_ends_what_it_has_and_takes_nothing_new() {
     assert_eq!(shard.volume.in_flight(), 1);
     shard.end_all();
     let shutdown = Some(Err(HostError::Shutdown));
-    assert_eq!(
-        (shard.reply(0), shard.reply(1), shard.reply(2)),
-        (Some(Ok(())), shutdown, shutdown)
-    );
+    assert_eq!((shard.reply(0), shard.reply(1), shard.reply(2)), (Some(Ok(())), shutdown, shutdown));
     assert_eq!(shard.volume.in_flight(), 0);
 }

@@ -85,11 +85,7 @@ pub(super) fn resolve(
 /// CAN_MULTI_CONN always holds.
 pub(super) const fn transmission_flags(read_only: bool, style: ReplyStyle) -> u16 {
     let common = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::CAN_MULTI_CONN;
-    let change = if read_only {
-        flag::READ_ONLY
-    } else {
-        flag::SEND_TRIM | flag::SEND_WRITE_ZEROES
-    };
+    let change = if read_only { flag::READ_ONLY } else { flag::SEND_TRIM | flag::SEND_WRITE_ZEROES };
     let fragment = match style {
         ReplyStyle::Simple => 0,
         ReplyStyle::Structured => flag::SEND_DF,

@@ -37,11 +37,7 @@ pub fn transmission(data: &[u8]) {
         volume: VolumeId::default(),
         size: ByteCount(EXPORT_BYTES),
         read_only: choice & 1 != 0,
-        reply_style: if choice & 2 == 0 {
-            ReplyStyle::Simple
-        } else {
-            ReplyStyle::Structured
-        },
+        reply_style: if choice & 2 == 0 { ReplyStyle::Simple } else { ReplyStyle::Structured },
     };
     let whole = transmit(&negotiated, stream, stream.len());
     let pieces = transmit(&negotiated, stream, usize::from(choice >> 2));
@@ -68,9 +64,9 @@ impl ExportDirectory for Exports {
         match name {
             "disk" => Ok(export(false)),
             "frozen" => Ok(export(true)),
-            "replica" => Err(ExportRefusal::NotPresented {
-                reason: "volume 'replica' is a secondary".to_owned(),
-            }),
+            "replica" => {
+                Err(ExportRefusal::NotPresented { reason: "volume 'replica' is a secondary".to_owned() })
+            }
             _ => Err(ExportRefusal::Unknown),
         }
     }
@@ -96,25 +92,16 @@ pub(super) fn connect(stream: &[u8], cut: usize) -> Outcome {
         match outputs.last() {
             Some(HandshakeOutput::Established(negotiated)) => {
                 let events = transmit(negotiated, rest, cut);
-                return Outcome {
-                    handshake: outputs,
-                    events,
-                };
+                return Outcome { handshake: outputs, events };
             }
             Some(HandshakeOutput::Send(_)) if !rest.is_empty() => {}
             Some(_) | None => {
-                return Outcome {
-                    handshake: outputs,
-                    events: Vec::new(),
-                };
+                return Outcome { handshake: outputs, events: Vec::new() };
             }
         }
         let consumed = machine.handle_input(piece(stream, rest, cut), &Exports);
         let is_first = outputs.len() == 1;
-        assert!(
-            consumed > 0 || is_first || outputs.len() > before,
-            "it never stalls"
-        );
+        assert!(consumed > 0 || is_first || outputs.len() > before, "it never stalls");
         assert!(machine.buffered() <= OPTION_BYTES_MAX, "memory is bounded");
         rest = rest.get(consumed..).unwrap_or_default();
     }
@@ -155,22 +142,13 @@ pub(super) fn transmit(negotiated: &Negotiated, stream: &[u8], cut: usize) -> Ve
 
 /// What every command that leaves the machine promises.
 fn check_command(negotiated: &Negotiated, command: HostCommand, length: u64) {
-    assert!(
-        !(negotiated.read_only && command.changes_content()),
-        "read-only is kept"
-    );
+    assert!(!(negotiated.read_only && command.changes_content()), "read-only is kept");
     if let Some(range) = command.range() {
         assert!(range.end() <= negotiated.size.0, "the command lies in the export");
-        assert!(
-            !range.is_empty() && range.length() == length,
-            "the range is the payload's"
-        );
+        assert!(!range.is_empty() && range.length() == length, "the range is the payload's");
     }
     let has_payload = matches!(command, HostCommand::Read { .. } | HostCommand::Write { .. });
-    assert!(
-        !has_payload || length <= u64::from(PAYLOAD_BYTES_MAX),
-        "the payload is bounded"
-    );
+    assert!(!has_payload || length <= u64::from(PAYLOAD_BYTES_MAX), "the payload is bounded");
 }
 
 /// What is left of the piece that `rest`, the end of `stream`, starts in: pieces arrive in multiples of `cut` bytes,

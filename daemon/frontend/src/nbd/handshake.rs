@@ -212,10 +212,7 @@ impl Handshake {
                 self.close(CloseReason::Aborted);
             }
             OptionKind::List | OptionKind::StructuredReply if length > 0 => {
-                self.send(replies.error(
-                    option_reply::ERR_INVALID,
-                    &OptionFault::UnexpectedData.to_string(),
-                ));
+                self.send(replies.error(option_reply::ERR_INVALID, &OptionFault::UnexpectedData.to_string()));
             }
             OptionKind::List => {
                 for name in exports.list() {
@@ -264,10 +261,7 @@ impl Handshake {
                 self.send(bytes.freeze());
                 self.establish(self.negotiated(name, &export));
             }
-            Err(refusal) => self.close(CloseReason::ExportRefused {
-                name: name.to_owned(),
-                refusal,
-            }),
+            Err(refusal) => self.close(CloseReason::ExportRefused { name: name.to_owned(), refusal }),
         }
     }
 

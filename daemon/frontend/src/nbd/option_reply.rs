@@ -19,10 +19,7 @@ pub(super) struct OptionReplies {
 
 impl OptionReplies {
     pub(super) fn new(option: u32) -> Self {
-        Self {
-            option,
-            bytes: BytesMut::new(),
-        }
+        Self { option, bytes: BytesMut::new() }
     }
 
     pub(super) fn acknowledge(self) -> Bytes {
@@ -38,18 +35,12 @@ impl OptionReplies {
     /// One export of a list.
     pub(super) fn server(&mut self, name: &str) {
         let name = bounded(name);
-        self.put(
-            option_reply::SERVER,
-            &[&length(name.len()).to_be_bytes(), name.as_bytes()],
-        );
+        self.put(option_reply::SERVER, &[&length(name.len()).to_be_bytes(), name.as_bytes()]);
     }
 
     pub(super) fn info_export(&mut self, export: &ExportInfo, flags: u16) {
-        let layout = InfoExport {
-            kind: info::EXPORT.into(),
-            size: export.size.0.into(),
-            flags: flags.into(),
-        };
+        let layout =
+            InfoExport { kind: info::EXPORT.into(), size: export.size.0.into(), flags: flags.into() };
         self.put(option_reply::INFO, &[layout.as_bytes()]);
     }
 
@@ -72,10 +63,7 @@ impl OptionReplies {
     }
 
     fn info_text(&mut self, kind: u16, text: &str) {
-        self.put(
-            option_reply::INFO,
-            &[&kind.to_be_bytes(), bounded(text).as_bytes()],
-        );
+        self.put(option_reply::INFO, &[&kind.to_be_bytes(), bounded(text).as_bytes()]);
     }
 
     fn finish(mut self, kind: u32, text: &str) -> Bytes {

@@ -92,11 +92,7 @@ pub(super) fn check(header: &RequestHeader, limits: &Limits) -> Result<Action, R
     let (offset, length) = (header.offset.get(), header.length.get());
     if kind == command::FLUSH {
         let bare = offset == 0 && length == 0;
-        return if bare {
-            Ok(Action::Run(HostCommand::Flush))
-        } else {
-            Err(Refusal::FlushRange)
-        };
+        return if bare { Ok(Action::Run(HostCommand::Flush)) } else { Err(Refusal::FlushRange) };
     }
     if limits.read_only && kind != command::READ {
         return Err(Refusal::ReadOnly);
@@ -120,10 +116,6 @@ pub(super) fn check(header: &RequestHeader, limits: &Limits) -> Result<Action, R
         command::READ => HostCommand::Read { range },
         command::WRITE => HostCommand::Write { range, fua },
         command::TRIM => HostCommand::Trim { range, fua },
-        _ => HostCommand::WriteZeroes {
-            range,
-            fua,
-            no_hole: flags & flag::NO_HOLE != 0,
-        },
+        _ => HostCommand::WriteZeroes { range, fua, no_hole: flags & flag::NO_HOLE != 0 },
     }))
 }

@@ -117,15 +117,8 @@ impl Transmission {
     pub fn parse(&mut self, input: &[u8]) -> Parsed {
         match self.step {
             Step::Header => self.header(input),
-            Step::Discard {
-                cookie,
-                refusal,
-                missing,
-            } => self.discard(input, cookie, refusal, missing),
-            Step::Ended(event) => Parsed {
-                consumed: input.len(),
-                event,
-            },
+            Step::Discard { cookie, refusal, missing } => self.discard(input, cookie, refusal, missing),
+            Step::Ended(event) => Parsed { consumed: input.len(), event },
         }
     }
 
@@ -142,10 +135,7 @@ impl Transmission {
         }
         self.partial_length += taken.len();
         if self.partial_length < HEADER_BYTES {
-            return Parsed {
-                consumed: taken.len(),
-                event: Event::NeedMore,
-            };
+            return Parsed { consumed: taken.len(), event: Event::NeedMore };
         }
         self.partial_length = 0;
         let partial = self.partial;
@@ -162,11 +152,9 @@ impl Transmission {
         let cookie = Cookie(header.cookie.get());
         let length = request::payload_bytes(header);
         let event = match request::check(header, &self.limits) {
-            Ok(Action::Run(command @ HostCommand::Write { .. })) => Event::WritePayload {
-                cookie,
-                command,
-                length,
-            },
+            Ok(Action::Run(command @ HostCommand::Write { .. })) => {
+                Event::WritePayload { cookie, command, length }
+            }
             Ok(Action::Run(command)) => Event::Request { cookie, command },
             Ok(Action::Nothing) => Event::Served { cookie },
             Ok(Action::Disconnect) => return self.end(Event::Disconnect),
@@ -179,15 +167,8 @@ impl Transmission {
     fn discard(&mut self, input: &[u8], cookie: Cookie, refusal: Refusal, missing: u32) -> Parsed {
         let available = u32::try_from(input.len()).unwrap_or(u32::MAX);
         if available < missing {
-            self.step = Step::Discard {
-                cookie,
-                refusal,
-                missing: missing - available,
-            };
-            return Parsed {
-                consumed: input.len(),
-                event: Event::NeedMore,
-            };
+            self.step = Step::Discard { cookie, refusal, missing: missing - available };
+            return Parsed { consumed: input.len(), event: Event::NeedMore };
         }
         self.step = Step::Header;
         Parsed {
@@ -205,9 +186,6 @@ impl Transmission {
 impl Parsed {
     /// The same, where `before` bytes had been used already.
     const fn after(self, before: usize) -> Self {
-        Self {
-            consumed: before + self.consumed,
-            event: self.event,
-        }
+        Self { consumed: before + self.consumed, event: self.event }
     }
 }

@@ -66,14 +66,7 @@ impl Handle {
 impl Flight {
     /// A flight that was not in the kernel yet.
     pub(super) fn new(handle: Handle, token: Token, job: Job) -> Self {
-        Self {
-            job,
-            token,
-            progress: Progress::default(),
-            vectors: None,
-            in_kernel: false,
-            handle,
-        }
+        Self { job, token, progress: Progress::default(), vectors: None, in_kernel: false, handle }
     }
 
     /// The job, when all is over.
@@ -116,33 +109,18 @@ impl Flight {
                 opcode::Read::new(Fd(waker.as_raw_fd()), count.as_mut_ptr(), length).build()
             }
             Job::Operate(operation) => match operation {
-                Operation::Read {
-                    file,
-                    offset,
-                    buffer,
-                    range,
-                } => {
+                Operation::Read { file, offset, buffer, range } => {
                     let (address, length) = rest_of(buffer, range.start + done, range.end);
                     let read = opcode::Read::new(Fd(file.as_raw_fd()), address, length);
                     read.offset(advanced(*offset, done)).build()
                 }
-                Operation::Receive {
-                    socket,
-                    buffer,
-                    range,
-                    fill,
-                } => {
+                Operation::Receive { socket, buffer, range, fill } => {
                     let (address, length) = rest_of(buffer, range.start + done, range.end);
                     let flags = if *fill { libc::MSG_WAITALL } else { 0 };
                     let receive = opcode::Recv::new(Fd(socket.as_raw_fd()), address, length);
                     receive.flags(flags).build()
                 }
-                Operation::Write {
-                    file,
-                    offset,
-                    data,
-                    durable,
-                } => {
+                Operation::Write { file, offset, data, durable } => {
                     let lent = lend(data, done, &mut self.vectors, spare);
                     write(Fd(file.as_raw_fd()), advanced(*offset, done), lent, *durable)
                 }
@@ -193,10 +171,10 @@ fn lend<'a>(
         return Lent::Slice(first.as_ptr(), transfer_length(first.len()));
     }
     let vectors = vectors.get_or_insert_with(|| spare.pop().unwrap_or_else(Vectors::empty));
-    let slices = data.rest(done).take(SLICES_MAX).map(|slice| libc::iovec {
-        iov_base: slice.as_ptr().cast_mut().cast(),
-        iov_len: slice.len(),
-    });
+    let slices = data
+        .rest(done)
+        .take(SLICES_MAX)
+        .map(|slice| libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() });
     vectors.slices.clear();
     vectors.slices.extend(slices);
     vectors.header.msg_iov = vectors.slices.as_mut_ptr();
@@ -228,9 +206,7 @@ fn write(descriptor: Fd, offset: u64, lent: Lent<'_>, durable: bool) -> squeue::
 fn send(descriptor: Fd, lent: Lent<'_>) -> squeue::Entry {
     let flags = libc::MSG_NOSIGNAL | libc::MSG_WAITALL;
     match lent {
-        Lent::Slice(address, length) => opcode::Send::new(descriptor, address, length)
-            .flags(flags)
-            .build(),
+        Lent::Slice(address, length) => opcode::Send::new(descriptor, address, length).flags(flags).build(),
         Lent::Vectors(vectors) => {
             let send = opcode::SendMsg::new(descriptor, &raw const *vectors.header);
             send.flags(flags.cast_unsigned()).build()

@@ -56,13 +56,7 @@ impl Kernel {
     }
 
     fn of(uring: IoUring) -> Self {
-        Self {
-            uring,
-            flights: Slab::new(),
-            spare: Vec::new(),
-            in_kernel: 0,
-            generation: 0,
-        }
+        Self { uring, flights: Slab::new(), spare: Vec::new(), in_kernel: 0, generation: 0 }
     }
 
     /// True if waits can have a timeout and no completion is ever lost (Linux 5.11).
@@ -82,18 +76,13 @@ impl Kernel {
 
     /// The flight, unless it is over.
     pub(crate) fn flight(&mut self, handle: Handle) -> Option<&mut Flight> {
-        self.flights
-            .get_mut(handle.key())
-            .filter(|flight| flight.handle == handle)
+        self.flights.get_mut(handle.key()).filter(|flight| flight.handle == handle)
     }
 
     /// The flights of a token.
     pub(crate) fn of_token(&self, token: Token) -> Vec<Handle> {
         let flights = self.flights.iter().map(|(_, flight)| flight);
-        flights
-            .filter(|flight| flight.token() == token)
-            .map(|flight| flight.handle)
-            .collect()
+        flights.filter(|flight| flight.token() == token).map(|flight| flight.handle).collect()
     }
 
     /// Number of flights in custody.
@@ -106,11 +95,7 @@ impl Kernel {
         let in_kernel = self.flight(handle)?.in_kernel;
         assert!(!in_kernel, "the flight is lent to the kernel");
         let mut flight = self.flights.try_remove(handle.key())?;
-        if let Some(vectors) = flight
-            .vectors
-            .take()
-            .filter(|_| self.spare.len() < SPARE_VECTORS_MAX)
-        {
+        if let Some(vectors) = flight.vectors.take().filter(|_| self.spare.len() < SPARE_VECTORS_MAX) {
             self.spare.push(vectors);
         }
         Some(flight)
@@ -121,10 +106,7 @@ impl Kernel {
         if self.uring.submission().is_full() {
             return false;
         }
-        let flight = self
-            .flights
-            .get_mut(handle.key())
-            .filter(|flight| flight.handle == handle);
+        let flight = self.flights.get_mut(handle.key()).filter(|flight| flight.handle == handle);
         let flight = flight.expect("only flights in custody are pushed");
         assert!(!flight.in_kernel, "one trip at a time");
         let entry = flight.entry(&mut self.spare).user_data(handle.0);
@@ -178,11 +160,7 @@ impl Kernel {
         };
         let flags = ENTER_GETEVENTS | ENTER_EXT_ARG;
         // SAFETY: `arguments` is what EXT_ARG wants and lives, as does `timespec`, until the call returns.
-        unsafe {
-            self.uring
-                .submitter()
-                .enter(queued, wanted, flags, Some(&arguments))
-        }?;
+        unsafe { self.uring.submitter().enter(queued, wanted, flags, Some(&arguments)) }?;
         Ok(())
     }
 
@@ -193,19 +171,10 @@ impl Kernel {
             if handle.0 == CANCELLATION {
                 continue;
             }
-            assert!(
-                !cqueue::more(completion.flags()),
-                "no operation here completes twice"
-            );
-            let flight = self
-                .flights
-                .get_mut(handle.key())
-                .filter(|flight| flight.handle == handle);
+            assert!(!cqueue::more(completion.flags()), "no operation here completes twice");
+            let flight = self.flights.get_mut(handle.key()).filter(|flight| flight.handle == handle);
             let flight = flight.expect("the kernel completes what it was given");
-            assert!(
-                mem::replace(&mut flight.in_kernel, false),
-                "one completion a trip"
-            );
+            assert!(mem::replace(&mut flight.in_kernel, false), "one completion a trip");
             self.in_kernel -= 1;
             results.push((handle, completion.result()));
         }
@@ -214,18 +183,13 @@ impl Kernel {
     /// Cancels everything in the kernel and waits for it; false if some of it does not end.
     fn recall(&mut self) -> bool {
         let flights = self.flights.iter().map(|(_, flight)| flight);
-        let mut pending: Vec<Handle> = flights
-            .filter(|flight| flight.in_kernel)
-            .map(|flight| flight.handle)
-            .collect();
+        let mut pending: Vec<Handle> =
+            flights.filter(|flight| flight.in_kernel).map(|flight| flight.handle).collect();
         let mut results = Vec::new();
         // Each turn either takes something out of the kernel or counts as barren.
         let mut barren = 0;
         while barren < DROP_WAITS_MAX {
-            while pending
-                .last()
-                .is_some_and(|handle| self.push_cancellation(*handle))
-            {
+            while pending.last().is_some_and(|handle| self.push_cancellation(*handle)) {
                 pending.pop();
             }
             if self.in_kernel == 0 {
@@ -284,20 +248,12 @@ enum Tier {
 
 fn build_tier(tier: Tier, entries: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
-    builder
-        .dontfork()
-        .setup_clamp()
-        .setup_cqsize(entries.saturating_mul(4));
+    builder.dontfork().setup_clamp().setup_cqsize(entries.saturating_mul(4));
     match tier {
-        Tier::OneThread => builder
-            .setup_submit_all()
-            .setup_taskrun_flag()
-            .setup_single_issuer()
-            .setup_defer_taskrun(),
-        Tier::Cooperative => builder
-            .setup_submit_all()
-            .setup_taskrun_flag()
-            .setup_coop_taskrun(),
+        Tier::OneThread => {
+            builder.setup_submit_all().setup_taskrun_flag().setup_single_issuer().setup_defer_taskrun()
+        }
+        Tier::Cooperative => builder.setup_submit_all().setup_taskrun_flag().setup_coop_taskrun(),
         Tier::Plain => &mut builder,
     };
     builder.build(entries)
@@ -314,10 +270,7 @@ mod tests {
             let uring = build_tier(tier, 4).unwrap();
             let mut kernel = Kernel::of(uring);
             let waker = Waker::new().unwrap();
-            let job = Job::Wake {
-                waker: waker.clone(),
-                count: Box::default(),
-            };
+            let job = Job::Wake { waker: waker.clone(), count: Box::default() };
             let handle = kernel.insert(Token(0), job);
             for wait in [Wait::Completion, Wait::Poll, Wait::AtMost(Duration::from_secs(9))] {
                 assert!(kernel.push(handle));
@@ -335,10 +288,7 @@ mod tests {
     #[test]
     fn an_old_handle_does_not_reach_the_next_flight_in_its_place() {
         let mut kernel = Kernel::new(4).unwrap();
-        let job = || Job::Wake {
-            waker: Waker::new().unwrap(),
-            count: Box::default(),
-        };
+        let job = || Job::Wake { waker: Waker::new().unwrap(), count: Box::default() };
         let old = kernel.insert(Token(1), job());
         assert!(kernel.remove(old).is_some());
         let new = kernel.insert(Token(2), job());

@@ -64,10 +64,7 @@ impl Block {
     ///
     /// `bytes` must be a positive multiple of [`PAGE_BYTES`], `count` positive.
     pub(crate) fn map(count: usize, bytes: usize) -> io::Result<Vec<Self>> {
-        assert!(
-            bytes > 0 && bytes.is_multiple_of(PAGE_BYTES) && count > 0,
-            "a block is whole pages"
-        );
+        assert!(bytes > 0 && bytes.is_multiple_of(PAGE_BYTES) && count > 0, "a block is whole pages");
         let total = count.checked_mul(bytes).ok_or(io::ErrorKind::OutOfMemory)?;
         let region = Arc::new(Region::map(total)?);
         let block = |index: usize| Self {

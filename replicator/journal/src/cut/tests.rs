@@ -38,20 +38,14 @@ fn record(sequence: u64, kind: RecordKind, page: u64, pages: u64) -> Record {
 }
 
 fn meta() -> CutMeta {
-    let lineage = Lineage {
-        epoch: Epoch(5),
-        origin: SiteId::from_bytes([0x11; 16]),
-        incarnation: Incarnation(3),
-    };
+    let lineage =
+        Lineage { epoch: Epoch(5), origin: SiteId::from_bytes([0x11; 16]), incarnation: Incarnation(3) };
     CutMeta {
         mirror: MirrorId::from_bytes([0x22; 16]),
         lineage,
         first: Sequence(101),
         last: Sequence(120),
-        previous: Tip {
-            position: lineage.at(Sequence(100)),
-            chain: ChainHash([0x33; 32]),
-        },
+        previous: Tip { position: lineage.at(Sequence(100)), chain: ChainHash([0x33; 32]) },
         pass: 0,
         time: WallTime(1_700_000_000_000_000_000),
         echo: WallTime(1_699_999_999_000_000_000),
@@ -70,10 +64,7 @@ fn whole(encoded: &EncodedCut) -> Bytes {
 }
 
 fn one_of_each() -> Vec<Record> {
-    (101..)
-        .zip(KINDS)
-        .map(|(sequence, kind)| record(sequence, kind, sequence, 2))
-        .collect()
+    (101..).zip(KINDS).map(|(sequence, kind)| record(sequence, kind, sequence, 2)).collect()
 }
 
 fn records() -> impl Strategy<Value = Vec<Record>> {
@@ -162,11 +153,7 @@ fn forged_fields_are_refused() {
     assert_eq!(set(17, 0x20), Err(CutError::Bounds), "head longer than its table");
     assert_eq!(set(20, 1), Err(CutError::Reserved));
     assert_eq!(set(24, 1), Err(CutError::Bounds));
-    assert_eq!(
-        set(80, 100),
-        Err(CutError::Sequences),
-        "does not follow the previous tip"
-    );
+    assert_eq!(set(80, 100), Err(CutError::Sequences), "does not follow the previous tip");
     assert_eq!(set(88, 99), Err(CutError::Sequences));
     assert_eq!(set(255, 1), Err(CutError::Reserved));
     assert_eq!(set(4095, 1), Err(CutError::Reserved), "padding");
@@ -179,26 +166,14 @@ fn forged_fields_are_refused() {
     assert_eq!(wrap, fault(RecordFault::Range));
     assert_eq!(set(first + 26, 0), fault(RecordFault::Kind(0)));
     assert_eq!(set(first + 26, 10), fault(RecordFault::Kind(10)));
-    assert_eq!(
-        set(first + 26, 3),
-        fault(RecordFault::Payload),
-        "zeros have no payload"
-    );
+    assert_eq!(set(first + 26, 3), fault(RecordFault::Payload), "zeros have no payload");
     assert_eq!(set(first + 27, 1), fault(RecordFault::Reserved));
     assert_eq!(set(first + 28, 0), fault(RecordFault::PayloadChecksum));
-    assert_eq!(
-        set(first + 33, 0x40),
-        Err(CutError::Bounds),
-        "payloads do not add up"
-    );
+    assert_eq!(set(first + 33, 0x40), Err(CutError::Bounds), "payloads do not add up");
     assert_eq!(set(first + 47, 1), fault(RecordFault::Reserved));
     let third = set(first + 2 * 48 + 28, 1);
     let fault = RecordFault::Payload;
-    assert_eq!(
-        third,
-        Err(CutError::Record { index: 2, fault }),
-        "a checksum of nothing"
-    );
+    assert_eq!(third, Err(CutError::Record { index: 2, fault }), "a checksum of nothing");
     let second = set(first + 48, 100);
     let fault = RecordFault::Sequence(Sequence(100));
     assert_eq!(second, Err(CutError::Record { index: 1, fault }));
@@ -216,21 +191,12 @@ fn payloads_are_shared_not_copied() {
 
 #[test]
 fn an_initial_cut_is_kept_without_payloads_under_the_same_tip() {
-    let meta = CutMeta {
-        initial: true,
-        ..meta()
-    };
+    let meta = CutMeta { initial: true, ..meta() };
     let encoded = encode(&meta, &one_of_each());
     let bytes = whole(&encoded);
     let head = header_only(&bytes).unwrap();
     assert_eq!(header_only(&encoded.head).unwrap(), head);
-    assert_eq!(
-        peek(&head).unwrap(),
-        CutSize {
-            head_bytes: 4096,
-            payload_bytes: 0
-        }
-    );
+    assert_eq!(peek(&head).unwrap(), CutSize { head_bytes: 4096, payload_bytes: 0 });
     let cut = decode(&head).unwrap();
     assert!(cut.header_only && cut.tip == encoded.tip && cut.meta == meta);
     assert!(cut.records.iter().all(|record| record.payload.is_empty()));
@@ -243,10 +209,7 @@ fn an_initial_cut_is_kept_without_payloads_under_the_same_tip() {
 
 #[test]
 fn a_heartbeat_moves_the_tip_but_not_the_sequence() {
-    let meta = CutMeta {
-        last: Sequence(100),
-        ..meta()
-    };
+    let meta = CutMeta { last: Sequence(100), ..meta() };
     let encoded = encode(&meta, []);
     assert_eq!(encoded.total_bytes, 4096);
     assert_eq!(encoded.tip.position, meta.previous.position);
@@ -256,31 +219,15 @@ fn a_heartbeat_moves_the_tip_but_not_the_sequence() {
 
 #[test]
 fn a_new_lineage_may_follow_any_tip() {
-    let lineage = Lineage {
-        incarnation: Incarnation(4),
-        ..meta().lineage
-    };
-    let meta = CutMeta {
-        lineage,
-        first: Sequence(1),
-        ..meta()
-    };
+    let lineage = Lineage { incarnation: Incarnation(4), ..meta().lineage };
+    let meta = CutMeta { lineage, first: Sequence(1), ..meta() };
     assert_eq!(meta.check(), Ok(()));
-    assert_eq!(
-        CutMeta {
-            first: Sequence(0),
-            ..meta
-        }
-        .check(),
-        Err(CutError::Sequences)
-    );
+    assert_eq!(CutMeta { first: Sequence(0), ..meta }.check(), Err(CutError::Sequences));
 }
 
 #[test]
 fn the_largest_cut_is_decoded() {
-    let records: Vec<_> = (0..RECORDS_MAX)
-        .map(|_| record(101, RecordKind::Trim, 1, 1))
-        .collect();
+    let records: Vec<_> = (0..RECORDS_MAX).map(|_| record(101, RecordKind::Trim, 1, 1)).collect();
     let encoded = encode(&meta(), &records);
     assert_eq!(wide(encoded.head.len()), HEAD_BYTES_MAX);
     assert_eq!(decode(&encoded.head).unwrap().records.len(), RECORDS_MAX);
@@ -291,13 +238,7 @@ fn the_largest_cut_is_decoded() {
 fn the_encoding_is_pinned() {
     let encoded = encode(&meta(), &one_of_each());
     let hash = blake3::hash(&whole(&encoded)).to_hex();
-    assert_eq!(
-        hash.as_str(),
-        "382c7cbe0338eb28ebdb5ee5740c86a42db8a0d2aa4525ac1634baf542956d46"
-    );
+    assert_eq!(hash.as_str(), "382c7cbe0338eb28ebdb5ee5740c86a42db8a0d2aa4525ac1634baf542956d46");
     let chain = blake3::Hash::from_bytes(encoded.tip.chain.0).to_hex();
-    assert_eq!(
-        chain.as_str(),
-        "03f7e3afb236acf5e7646ed1740fac4e15fc071703f82edcb79b9f88779df684"
-    );
+    assert_eq!(chain.as_str(), "03f7e3afb236acf5e7646ed1740fac4e15fc071703f82edcb79b9f88779df684");
 }

@@ -25,10 +25,7 @@ struct Media {
 impl Media {
     fn new() -> Self {
         let files = (0..FILES).map(|_| vec![0; at(SEGMENT)]).collect();
-        Self {
-            files,
-            pending: Vec::new(),
-        }
+        Self { files, pending: Vec::new() }
     }
 
     fn store(&mut self, file: u32, offset: u64, bytes: &[u8]) {
@@ -84,21 +81,14 @@ struct Live {
 }
 
 fn lineage() -> Lineage {
-    Lineage {
-        epoch: Epoch(1),
-        origin: SiteId::from_bytes([1; 16]),
-        incarnation: Incarnation(1),
-    }
+    Lineage { epoch: Epoch(1), origin: SiteId::from_bytes([1; 16]), incarnation: Incarnation(1) }
 }
 
 impl Target {
     fn new() -> Self {
         let config = RedoConfig::new(FILES, SEGMENT).unwrap();
         let mirror = MirrorId::from_bytes([5; 16]);
-        let tip = Tip {
-            position: lineage().at(Sequence(0)),
-            ..Tip::default()
-        };
+        let tip = Tip { position: lineage().at(Sequence(0)), ..Tip::default() };
         Self {
             media: Media::new(),
             log: RedoLog::new(config, mirror),
@@ -124,11 +114,7 @@ impl Target {
             mirror: self.checkpoint.mirror,
             lineage: lineage(),
             first,
-            last: if pages == 0 {
-                self.tip.position.sequence
-            } else {
-                first
-            },
+            last: if pages == 0 { self.tip.position.sequence } else { first },
             previous: self.tip,
             pass: 9,
             time: WallTime(self.time),
@@ -143,21 +129,14 @@ impl Target {
 
     fn append(&mut self, pages: u64, commit: bool) -> Result<(), RedoFull> {
         let (tip, bytes) = self.cut(pages, commit);
-        let placement = self
-            .log
-            .append(&self.tip, &tip, u64::try_from(bytes.len()).unwrap())?;
+        let placement = self.log.append(&self.tip, &tip, u64::try_from(bytes.len()).unwrap())?;
         let file = placement.file_index;
         if let Some(page) = &placement.opens_segment {
             self.media.pending.push((file, 0, page.clone()));
         }
         self.media.pending.push((file, placement.offset, bytes));
         self.appended.insert(tip.chain.0, tip);
-        self.live.push(Live {
-            placement,
-            tip,
-            commit,
-            synced: false,
-        });
+        self.live.push(Live { placement, tip, commit, synced: false });
         self.tip = tip;
         Ok(())
     }
@@ -193,30 +172,16 @@ impl Target {
         let synced = self.live.iter().take_while(|cut| cut.synced).count();
         let found: Vec<_> = recovered.cuts.iter().map(|cut| cut.tip).collect();
         let wanted: Vec<_> = self.live[..synced].iter().map(|cut| cut.tip).collect();
-        assert_eq!(
-            found.get(..synced),
-            Some(wanted.as_slice()),
-            "the synced prefix is found"
-        );
+        assert_eq!(found.get(..synced), Some(wanted.as_slice()), "the synced prefix is found");
         let mut tip = self.checkpoint.applied;
         for cut in &recovered.cuts {
-            assert!(
-                self.appended.contains_key(&cut.tip.chain.0),
-                "only appended cuts are found"
-            );
+            assert!(self.appended.contains_key(&cut.tip.chain.0), "only appended cuts are found");
             assert_eq!(cut.meta.previous, tip, "in one chain");
             tip = cut.tip;
         }
-        let durable = recovered
-            .cuts
-            .iter()
-            .rfind(|cut| cut.meta.commit)
-            .map(|cut| cut.tip);
+        let durable = recovered.cuts.iter().rfind(|cut| cut.meta.commit).map(|cut| cut.tip);
         assert_eq!(recovered.durable_tip, durable.unwrap_or(self.checkpoint.applied));
-        assert_eq!(
-            recovered.staged_tip,
-            (recovered.durable_tip != tip).then_some((9, tip))
-        );
+        assert_eq!(recovered.staged_tip, (recovered.durable_tip != tip).then_some((9, tip)));
         self.tip = tip;
         let live = |cut: RecoveredCut| Live {
             placement: cut.placement,
@@ -229,10 +194,7 @@ impl Target {
     }
 
     fn committed(&self) -> usize {
-        self.live
-            .iter()
-            .rposition(|cut| cut.commit)
-            .map_or(0, |last| last + 1)
+        self.live.iter().rposition(|cut| cut.commit).map_or(0, |last| last + 1)
     }
 }
 
@@ -349,10 +311,7 @@ fn a_cut_torn_at_any_byte_is_not_found_and_all_before_it_are() {
         let pending = &target.media.pending;
         opened += pending.len() - 1;
         let total: usize = pending.iter().map(|(_, _, bytes)| bytes.len()).sum();
-        let ends = (0..total)
-            .step_by(131)
-            .chain((0..total).step_by(SECTOR))
-            .chain([total - 1]);
+        let ends = (0..total).step_by(131).chain((0..total).step_by(SECTOR)).chain([total - 1]);
         // A cut's zero padding may stand on the media already: then it is whole without its last bytes.
         for end in ends.filter(|end| pages > 0 || *end < 256) {
             let mut media = target.media.clone();
@@ -362,11 +321,7 @@ fn a_cut_torn_at_any_byte_is_not_found_and_all_before_it_are() {
                 left -= kept;
                 media.store(*file, *offset, &bytes[..kept]);
             }
-            assert_eq!(
-                found(&media, &target.checkpoint),
-                before,
-                "{end} of {total} bytes"
-            );
+            assert_eq!(found(&media, &target.checkpoint), before, "{end} of {total} bytes");
         }
         target.sync();
         assert_eq!(found(&target.media, &target.checkpoint).last(), Some(&target.tip));
@@ -417,11 +372,7 @@ fn an_aborted_pass_does_not_come_back_once_the_log_went_on() {
     let aborted: Vec<_> = target.live[kept..].iter().map(|cut| cut.tip).collect();
     target.void(kept);
     let revived = target.media.recover(&target.checkpoint);
-    assert_eq!(
-        revived.staged_tip,
-        aborted.last().map(|tip| (9, *tip)),
-        "only as staged cuts"
-    );
+    assert_eq!(revived.staged_tip, aborted.last().map(|tip| (9, *tip)), "only as staged cuts");
     assert_eq!(revived.durable_tip, target.tip);
     target.append(1, true).unwrap();
     target.sync();
@@ -436,10 +387,7 @@ fn a_reset_log_stays_empty() {
     let scan_start = target.log.reset();
     let checkpoint = target.checkpoint.next(target.live[3].tip, scan_start);
     let recovered = target.media.recover(&checkpoint);
-    assert_eq!(
-        (recovered.cuts, recovered.stopped_at),
-        (Vec::new(), RecoveryStop::End)
-    );
+    assert_eq!((recovered.cuts, recovered.stopped_at), (Vec::new(), RecoveryStop::End));
     assert_eq!(recovered.durable_tip, target.live[3].tip);
     assert_eq!(recovered.log.free_bytes(), recovered.log.capacity_bytes());
 }
@@ -456,22 +404,11 @@ fn a_lost_scan_start_and_a_foreign_checkpoint_are_said() {
     assert_eq!(foreign.err(), Some(RecoveryError::Mirror));
     let config = RedoConfig::new(FILES + 1, SEGMENT).unwrap();
     let reshaped = recover(config, target.checkpoint.mirror, &target.checkpoint, &mut read);
-    assert_eq!(
-        reshaped.err(),
-        Some(RecoveryError::Config(target.checkpoint.config))
-    );
+    assert_eq!(reshaped.err(), Some(RecoveryError::Config(target.checkpoint.config)));
     target.checkpoint.scan_start = Cursor::START;
     let mut short = |_, _, _| Ok::<_, Infallible>(Bytes::new());
-    let short = recover(
-        target.checkpoint.config,
-        target.checkpoint.mirror,
-        &target.checkpoint,
-        &mut short,
-    );
-    assert!(matches!(
-        short.err(),
-        Some(RecoveryError::ShortRead { found: 0, .. })
-    ));
+    let short = recover(target.checkpoint.config, target.checkpoint.mirror, &target.checkpoint, &mut short);
+    assert!(matches!(short.err(), Some(RecoveryError::ShortRead { found: 0, .. })));
 }
 
 #[test]
@@ -499,9 +436,7 @@ fn an_initial_cut_is_found_without_payloads() {
     let encoded = encode(&meta, [&record]);
     let head = crate::header_only(&encoded.head).unwrap();
     let placement = target.log.append(&target.tip, &encoded.tip, 4096).unwrap();
-    target
-        .media
-        .store(placement.file_index, 0, placement.opens_segment.as_ref().unwrap());
+    target.media.store(placement.file_index, 0, placement.opens_segment.as_ref().unwrap());
     target.media.store(placement.file_index, placement.offset, &head);
     let recovered = target.media.recover(&target.checkpoint);
     assert!(recovered.cuts.iter().all(|cut| cut.header_only));

@@ -38,18 +38,9 @@ impl Model {
     fn appended(&mut self, placement: &Placement) {
         if let Some(page) = &placement.opens_segment {
             let header = SegmentHeader::decode(page).unwrap();
-            assert_eq!(
-                (header.number, header.file_index),
-                (placement.segment_number, placement.file_index)
-            );
-            assert!(
-                self.numbers.iter().all(|number| *number < header.number),
-                "numbers rise"
-            );
-            assert!(
-                self.segments.iter().all(|segment| segment.1 != header.file_index),
-                "the file was free"
-            );
+            assert_eq!((header.number, header.file_index), (placement.segment_number, placement.file_index));
+            assert!(self.numbers.iter().all(|number| *number < header.number), "numbers rise");
+            assert!(self.segments.iter().all(|segment| segment.1 != header.file_index), "the file was free");
             if let Some(cut) = self.segments.last().and_then(|segment| segment.2.last()) {
                 assert_eq!(header.previous_end, cut.end());
             }
@@ -88,11 +79,7 @@ impl Model {
     fn free_bytes(&self, file_count: u64) -> u64 {
         let used = u64::try_from(self.segments.len()).unwrap();
         let last = self.segments.last().and_then(|segment| segment.2.last());
-        let rest = if self.open {
-            SEGMENT - last.unwrap().end().offset
-        } else {
-            0
-        };
+        let rest = if self.open { SEGMENT - last.unwrap().end().offset } else { 0 };
         (file_count - used) * (SEGMENT - PAGE_BYTES) + rest
     }
 }
@@ -147,13 +134,7 @@ proptest! {
 
 #[test]
 fn shapes_out_of_bounds_are_refused() {
-    for (files, bytes) in [
-        (1, SEGMENT),
-        (2, 4096),
-        (2, 9000),
-        (70_000, SEGMENT),
-        (2, 1 << 33),
-    ] {
+    for (files, bytes) in [(1, SEGMENT), (2, 4096), (2, 9000), (70_000, SEGMENT), (2, 1 << 33)] {
         assert!(RedoConfig::new(files, bytes).is_err(), "{files} {bytes}");
     }
 }

@@ -73,9 +73,7 @@ impl Reader<'_> {
     }
 
     pub(super) fn number(&mut self, bytes: usize) -> u64 {
-        self.take(bytes)
-            .iter()
-            .fold(0, |number, byte| number << 8 | u64::from(*byte))
+        self.take(bytes).iter().fold(0, |number, byte| number << 8 | u64::from(*byte))
     }
 
     fn short(&mut self) -> u32 {
@@ -99,10 +97,7 @@ pub(super) fn option_replies(bytes: &[u8]) -> Vec<OptionReply> {
 pub(super) fn reply(bytes: &[u8]) -> Reply {
     let mut reader = Reader(bytes);
     let reply = match reader.number(4) {
-        0x6744_6698 => Reply::Simple {
-            error: reader.short(),
-            cookie: reader.number(8),
-        },
+        0x6744_6698 => Reply::Simple { error: reader.short(), cookie: reader.number(8) },
         0x668e_33ef => {
             let (flags, kind) = (reader.number(2), reader.number(2));
             let (cookie, length) = (reader.number(8), reader.number(4));
@@ -112,11 +107,7 @@ pub(super) fn reply(bytes: &[u8]) -> Reply {
                     assert_eq!(length, 0);
                     Reply::None { cookie }
                 }
-                1 => Reply::Data {
-                    cookie,
-                    offset: reader.number(8),
-                    length: length - 8,
-                },
+                1 => Reply::Data { cookie, offset: reader.number(8), length: length - 8 },
                 0x8001 => {
                     let error = reader.short();
                     let text = reader.number(2);

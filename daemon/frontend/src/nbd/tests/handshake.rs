@@ -37,10 +37,7 @@ fn sent(output: &HandshakeOutput) -> &Bytes {
 fn replies(options: &[Vec<u8>]) -> Vec<OptionReply> {
     let stream = [&FLAGS[..], &options.concat()].concat();
     let outputs = outputs(&stream);
-    outputs
-        .iter()
-        .flat_map(|output| option_replies(sent(output)))
-        .collect()
+    outputs.iter().flat_map(|output| option_replies(sent(output))).collect()
 }
 
 fn kinds(options: &[Vec<u8>]) -> Vec<u32> {
@@ -71,11 +68,8 @@ fn something_else_than_an_option_closes_the_connection() {
 #[test]
 fn a_list_names_every_export() {
     let replies = replies(&[option(3, b"")]);
-    let names: Vec<_> = replies
-        .iter()
-        .filter(|reply| reply.kind == 2)
-        .map(|reply| reply.data[4..].to_vec())
-        .collect();
+    let names: Vec<_> =
+        replies.iter().filter(|reply| reply.kind == 2).map(|reply| reply.data[4..].to_vec()).collect();
     assert_eq!(names, [&b"disk"[..], b"frozen", b"replica"]);
     assert_eq!(replies[3].kind, ACK);
     assert_eq!(replies[0].data[..4], [0, 0, 0, 4]);
@@ -87,11 +81,7 @@ fn info_answers_what_was_asked_and_ignores_the_rest() {
     let infos: Vec<_> = replies.iter().map(|reply| reply.data.clone()).collect();
     let mut export = Reader(&infos[0]);
     assert_eq!((export.number(2), export.number(8)), (0, 1 << 20));
-    assert_eq!(
-        export.number(2),
-        0b1_0110_1101,
-        "no DF without structured replies"
-    );
+    assert_eq!(export.number(2), 0b1_0110_1101, "no DF without structured replies");
     assert_eq!(infos[1], b"\0\x01disk");
     assert_eq!(infos[2], b"\0\x02a disk");
     let mut sizes = Reader(&infos[3]);
@@ -124,11 +114,7 @@ fn refused_exports_say_why_and_the_handshake_goes_on() {
 fn options_that_are_not_served_are_consumed() {
     let unserved = [4, 5, 9, 10, 11, 4711].map(|number| option(number, b"some data"));
     let replies = replies(&unserved);
-    assert!(
-        replies
-            .iter()
-            .all(|reply| reply.kind == UNSUP && reply.data.is_empty())
-    );
+    assert!(replies.iter().all(|reply| reply.kind == UNSUP && reply.data.is_empty()));
     assert_eq!(replies.len(), 6);
 }
 
@@ -152,12 +138,7 @@ fn malformed_options_are_invalid() {
 #[test]
 fn an_option_beyond_the_bound_is_consumed_and_refused() {
     let long = vec![0; (64 << 10) + 1];
-    let options = [
-        option(GO, &long),
-        option(77, &long),
-        option(3, &long),
-        option(8, b""),
-    ];
+    let options = [option(GO, &long), option(77, &long), option(3, &long), option(8, b"")];
     assert_eq!(kinds(&options), [TOO_BIG, UNSUP, INVALID, ACK]);
 }
 
@@ -191,22 +172,14 @@ fn export_name_pads_unless_the_client_declines() {
 
 #[test]
 fn export_name_closes_the_connection_where_it_is_refused() {
-    let refused = |name: &str, refusal| CloseReason::ExportRefused {
-        name: name.to_owned(),
-        refusal,
-    };
-    let secondary = ExportRefusal::NotPresented {
-        reason: "volume 'replica' is a secondary".to_owned(),
-    };
+    let refused = |name: &str, refusal| CloseReason::ExportRefused { name: name.to_owned(), refusal };
+    let secondary = ExportRefusal::NotPresented { reason: "volume 'replica' is a secondary".to_owned() };
     let too_long = option_header(1, 4097);
     let cases = [
         (option(1, b"nothing"), refused("nothing", ExportRefusal::Unknown)),
         (option(1, b""), refused("", ExportRefusal::Unknown)),
         (option(1, b"replica"), refused("replica", secondary)),
-        (
-            option(1, b"\xff"),
-            CloseReason::ExportName(OptionFault::NameNotText),
-        ),
+        (option(1, b"\xff"), CloseReason::ExportName(OptionFault::NameNotText)),
         (too_long, CloseReason::ExportName(OptionFault::NameTooLong)),
     ];
     for (option, reason) in cases {
@@ -234,10 +207,7 @@ fn go_establishes_and_leaves_pipelined_bytes_to_the_transmission() {
             read_only: false,
             reply_style: ReplyStyle::Structured,
         };
-        assert_eq!(
-            outcome.handshake.last(),
-            Some(&HandshakeOutput::Established(expected))
-        );
+        assert_eq!(outcome.handshake.last(), Some(&HandshakeOutput::Established(expected)));
         assert_eq!(outcome.events, [Event::Disconnect]);
     }
 }
@@ -260,10 +230,7 @@ fn a_client_that_never_chooses_is_closed() {
         stream.extend(option(4, b""));
     }
     let outputs = outputs(&stream);
-    assert_eq!(
-        outputs.last(),
-        Some(&HandshakeOutput::Close(CloseReason::TooManyOptions))
-    );
+    assert_eq!(outputs.last(), Some(&HandshakeOutput::Close(CloseReason::TooManyOptions)));
 }
 
 #[test]

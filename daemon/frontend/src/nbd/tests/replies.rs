@@ -31,25 +31,13 @@ fn with_structured_replies_no_reply_is_simple() {
     ReplyStyle::Structured.put_success(&mut out, Cookie(7));
     assert_eq!(reply(&out.split()), Reply::None { cookie: 7 });
     ReplyStyle::Structured.put_refusal(&mut out, Cookie(8), Refusal::ReadOnly);
-    assert_eq!(
-        reply(&out),
-        Reply::Error {
-            cookie: 8,
-            error: 1,
-            text: "the export is read-only".to_owned()
-        }
-    );
+    assert_eq!(reply(&out), Reply::Error { cookie: 8, error: 1, text: "the export is read-only".to_owned() });
 }
 
 #[test]
 fn a_long_error_text_is_cut_at_a_character() {
     let mut out = BytesMut::new();
-    ReplyStyle::Structured.put_error(
-        &mut out,
-        Cookie(1),
-        HostError::Io,
-        &format!("x{}", "ä".repeat(300)),
-    );
+    ReplyStyle::Structured.put_error(&mut out, Cookie(1), HostError::Io, &format!("x{}", "ä".repeat(300)));
     let Reply::Error { text, .. } = reply(&out) else {
         panic!("an error chunk");
     };

@@ -29,11 +29,8 @@ enum Ending {
 
 fn haggle() -> impl Strategy<Value = Haggle> {
     let data = || prop::collection::vec(any::<u8>(), 0..20);
-    let name = prop_oneof![
-        Just("disk".to_owned()),
-        Just("replica".to_owned()),
-        "[a-zä]{0,9}".prop_map(|name| name)
-    ];
+    let name =
+        prop_oneof![Just("disk".to_owned()), Just("replica".to_owned()), "[a-zä]{0,9}".prop_map(|name| name)];
     prop_oneof![
         Just(Haggle::List),
         Just(Haggle::Structured { data: Vec::new() }),
@@ -103,13 +100,7 @@ fn encode(haggle: &Haggle) -> Vec<u8> {
 
 /// What a client may expect of a request: the command, or the error number.
 fn expected(request: &Request, structured: bool, read_only: bool) -> Result<Option<HostCommand>, u32> {
-    let Request {
-        kind,
-        flags,
-        offset,
-        length,
-        ..
-    } = *request;
+    let Request { kind, flags, offset, length, .. } = *request;
     let end = u128::from(offset) + u128::from(length);
     let flag = |bit: u16| flags & (1 << bit) != 0;
     let only = |bits: &[u16]| (0..16).all(|bit| !flag(bit) || bits.contains(&bit));
@@ -123,11 +114,7 @@ fn expected(request: &Request, structured: bool, read_only: bool) -> Result<Opti
         return Err(22);
     }
     if kind == 3 {
-        return if end == 0 {
-            Ok(Some(HostCommand::Flush))
-        } else {
-            Err(22)
-        };
+        return if end == 0 { Ok(Some(HostCommand::Flush)) } else { Err(22) };
     }
     if read_only && kind != 0 {
         return Err(1);
@@ -140,11 +127,7 @@ fn expected(request: &Request, structured: bool, read_only: bool) -> Result<Opti
         0 => HostCommand::Read { range },
         1 => HostCommand::Write { range, fua },
         4 => HostCommand::Trim { range, fua },
-        _ => HostCommand::WriteZeroes {
-            range,
-            fua,
-            no_hole: flag(1),
-        },
+        _ => HostCommand::WriteZeroes { range, fua, no_hole: flag(1) },
     }))
 }
 
@@ -158,26 +141,13 @@ fn compare_events(requests: &[Request], events: &[Event], structured: bool, read
         }
         let cookie = Cookie(request.cookie);
         match (expected(request, structured, read_only), event) {
-            (
-                Err(number),
-                Event::Refused {
-                    cookie: named,
-                    refusal,
-                },
-            ) => {
+            (Err(number), Event::Refused { cookie: named, refusal }) => {
                 assert_eq!((named, crate::nbd::errno(refusal.error())), (cookie, number));
             }
             (Ok(None), event) => assert_eq!(event, Event::Served { cookie }),
             (Ok(Some(command @ HostCommand::Write { .. })), event) => {
                 let length = request.length;
-                assert_eq!(
-                    event,
-                    Event::WritePayload {
-                        cookie,
-                        command,
-                        length
-                    }
-                );
+                assert_eq!(event, Event::WritePayload { cookie, command, length });
             }
             (Ok(Some(command)), event) => assert_eq!(event, Event::Request { cookie, command }),
             (expected, event) => panic!("{request:?}: expected {expected:?}, got {event:?}"),
@@ -289,10 +259,7 @@ fn an_endless_stream_of_nothing_needs_no_memory() {
     fuzz::handshake(&data);
     fuzz::transmission(&data);
     assert!(connect(&[], 1).events.is_empty());
-    let negotiated = match connect(&[&[0, 0, 0, 3][..], &option(1, b"disk")].concat(), 3)
-        .handshake
-        .pop()
-    {
+    let negotiated = match connect(&[&[0, 0, 0, 3][..], &option(1, b"disk")].concat(), 3).handshake.pop() {
         Some(HandshakeOutput::Established(negotiated)) => negotiated,
         other => panic!("{other:?}"),
     };

@@ -23,13 +23,7 @@ fn negotiated(read_only: bool, reply_style: ReplyStyle) -> Negotiated {
 }
 
 fn request(kind: u16, flags: u16, offset: u64, length: u32) -> Request {
-    Request {
-        flags,
-        kind,
-        cookie: COOKIE.0,
-        offset,
-        length,
-    }
+    Request { flags, kind, cookie: COOKIE.0, offset, length }
 }
 
 /// The event that a request's header leads to, on a writable export with structured replies.
@@ -40,17 +34,11 @@ fn event(kind: u16, flags: u16, offset: u64, length: u32) -> Event {
 }
 
 fn run(command: HostCommand) -> Event {
-    Event::Request {
-        cookie: COOKIE,
-        command,
-    }
+    Event::Request { cookie: COOKIE, command }
 }
 
 fn refused(refusal: Refusal) -> Event {
-    Event::Refused {
-        cookie: COOKIE,
-        refusal,
-    }
+    Event::Refused { cookie: COOKIE, refusal }
 }
 
 fn range(offset: u64, length: u64) -> ByteRange {
@@ -63,29 +51,12 @@ fn commands_and_their_flags_are_understood() {
     for flags in [0, FUA, DF, FUA | DF] {
         assert_eq!(event(0, flags, 1, 2), run(read));
     }
-    let write = HostCommand::Write {
-        range: range(4096, 512),
-        fua: true,
-    };
-    assert_eq!(
-        event(1, FUA, 4096, 512),
-        Event::WritePayload {
-            cookie: COOKIE,
-            command: write,
-            length: 512
-        }
-    );
+    let write = HostCommand::Write { range: range(4096, 512), fua: true };
+    assert_eq!(event(1, FUA, 4096, 512), Event::WritePayload { cookie: COOKIE, command: write, length: 512 });
     assert_eq!(event(3, FUA, 0, 0), run(HostCommand::Flush));
-    let trim = HostCommand::Trim {
-        range: range(0, u64::from(u32::MAX)),
-        fua: false,
-    };
+    let trim = HostCommand::Trim { range: range(0, u64::from(u32::MAX)), fua: false };
     assert_eq!(event(4, 0, 0, u32::MAX), run(trim));
-    let zeroes = HostCommand::WriteZeroes {
-        range: range(SIZE - 1, 1),
-        fua: true,
-        no_hole: true,
-    };
+    let zeroes = HostCommand::WriteZeroes { range: range(SIZE - 1, 1), fua: true, no_hole: true };
     assert_eq!(event(6, FUA | NO_HOLE, SIZE - 1, 1), run(zeroes));
     assert_eq!(event(2, 0xffff, 9, 9), Event::Disconnect);
 }
@@ -95,15 +66,7 @@ fn unknown_commands_and_flags_are_invalid_and_the_connection_stays() {
     for kind in [5, 7, 8, 99, 0xffff] {
         assert_eq!(event(kind, 0, 0, 4096), refused(Refusal::UnknownCommand));
     }
-    for (kind, flags) in [
-        (0, NO_HOLE),
-        (0, 8),
-        (3, DF),
-        (4, NO_HOLE),
-        (6, 16),
-        (6, DF),
-        (4, 32),
-    ] {
+    for (kind, flags) in [(0, NO_HOLE), (0, 8), (3, DF), (4, NO_HOLE), (6, 16), (6, DF), (4, 32)] {
         assert_eq!(event(kind, flags, 0, 0), refused(Refusal::UnknownFlag));
     }
     assert_eq!(event(3, 0, 0, 1), refused(Refusal::FlushRange));
@@ -121,11 +84,7 @@ fn do_not_fragment_needs_structured_replies() {
 #[test]
 fn beyond_the_end_writes_lack_space_and_reads_are_invalid() {
     for (offset, length) in [(SIZE, 1), (SIZE - 1, 2), (u64::MAX, 1), (u64::MAX - 3, 4)] {
-        for (kind, error) in [
-            (0, HostError::Invalid),
-            (4, HostError::Invalid),
-            (6, HostError::NoSpace),
-        ] {
+        for (kind, error) in [(0, HostError::Invalid), (4, HostError::Invalid), (6, HostError::NoSpace)] {
             let Event::Refused { refusal, .. } = event(kind, 0, offset, length) else {
                 panic!("served beyond the end");
             };
@@ -166,13 +125,7 @@ fn read_only_exports_refuse_what_changes_content() {
     let read = HostCommand::Read { range: range(0, 8) };
     assert_eq!(
         transmit(&negotiated, &stream, 9),
-        [
-            read_only,
-            read_only,
-            read_only,
-            run(HostCommand::Flush),
-            run(read)
-        ]
+        [read_only, read_only, read_only, run(HostCommand::Flush), run(read)]
     );
     assert_eq!(Refusal::ReadOnly.error(), HostError::ReadOnly);
 }

@@ -1,0 +1,137 @@
+//! What one run does: sizes, budgets, and which operations and faults it may use (swarm testing).
+
+use std::time::Duration;
+
+use journal::{PAGE_BYTES, RedoConfig, RingBudget};
+
+use crate::harness::Random;
+
+const KIB: u64 = 1024;
+
+/// An operation or fault of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    KillPrimary,
+    KillSecondary,
+    PowerPrimary,
+    PowerSecondary,
+    CleanStop,
+    CutLink,
+    SlowLink,
+    FlapLink,
+    SlowDisk,
+    JumpClock,
+    StopMirror,
+    StartMirror,
+    Failover,
+    FailoverDead,
+    HomeErrors,
+    ReadErrors,
+    HomeSyncErrors,
+    RedoErrors,
+    IntentErrors,
+    StateErrors,
+    DamageCuts,
+}
+
+impl Fault {
+    const ALL: [Self; 21] = [
+        Self::KillPrimary,
+        Self::KillSecondary,
+        Self::PowerPrimary,
+        Self::PowerSecondary,
+        Self::CleanStop,
+        Self::CutLink,
+        Self::SlowLink,
+        Self::FlapLink,
+        Self::SlowDisk,
+        Self::JumpClock,
+        Self::StopMirror,
+        Self::StartMirror,
+        Self::Failover,
+        Self::FailoverDead,
+        Self::HomeErrors,
+        Self::ReadErrors,
+        Self::HomeSyncErrors,
+        Self::RedoErrors,
+        Self::IntentErrors,
+        Self::StateErrors,
+        Self::DamageCuts,
+    ];
+}
+
+/// The shape of a run.
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    /// Blocks of each volume.
+    pub(super) volume_blocks: Vec<u64>,
+    pub(super) region_bytes: u64,
+    pub(super) intent_budget_regions: u64,
+    pub(super) ring: RingBudget,
+    pub(super) cut_bytes: u64,
+    pub(super) cut_interval: Duration,
+    pub(super) start_grace: Duration,
+    pub(super) redo: RedoConfig,
+    /// Blocks of the longest write.
+    pub(super) write_blocks_max: u64,
+    pub(super) faults: Vec<Fault>,
+    /// The mean time between faults.
+    pub(super) fault_interval: u64,
+    /// The mean time between host commands while there is load.
+    pub(super) host_interval: u64,
+    /// When the load and the faults end.
+    pub(super) load_end: u64,
+    pub(super) skews: [u64; 2],
+    pub(super) iops: Option<u32>,
+    /// Blocks that hosts write often.
+    pub(super) hot_blocks: u64,
+}
+
+pub(super) const MILLISECOND: u64 = 1_000_000;
+pub(super) const SECOND: u64 = 1000 * MILLISECOND;
+
+impl Plan {
+    pub(super) fn new(random: &mut Random) -> Self {
+        let volumes = 1 + random.below(3);
+        let mut volume_blocks: Vec<u64> = (0..volumes).map(|_| [64, 96, 130, 256][random.index(4)]).collect();
+        if random.chance(80) {
+            volume_blocks[0] = 600;
+        }
+        let total_bytes = volume_blocks.iter().sum::<u64>() * PAGE_BYTES;
+        let region_bytes = PAGE_BYTES * [4, 8, 16][random.index(3)];
+        let ring_bytes = KIB * [64, 128, 256, 1024][random.index(4)];
+        let write_blocks_max = [1, 4, 16, 40][random.index(4)];
+        let cut_bytes = KIB * [16, 64, 256][random.index(3)];
+        // A cut holds cut_bytes, or one record of any length, and its head.
+        let segment = (cut_bytes.max(write_blocks_max * PAGE_BYTES).max(256 * KIB).min(ring_bytes)
+            + cut_bytes
+            + 64 * KIB)
+            .next_multiple_of(PAGE_BYTES);
+        let room = total_bytes * [2, 3][random.index(2)] + 3 * segment;
+        let files = u32::try_from(room.div_ceil(segment) + 2).unwrap_or(64);
+        let chosen = 1 + random.below(8);
+        let mut faults: Vec<Fault> =
+            (0..chosen).map(|_| Fault::ALL[random.index(Fault::ALL.len())]).collect();
+        if random.chance(100) {
+            faults.clear();
+        }
+        Self {
+            volume_blocks,
+            region_bytes,
+            intent_budget_regions: [0, 2, 1000][random.index(3)],
+            ring: RingBudget { bytes_max: ring_bytes, records_max: [16, 64, 1000][random.index(3)] },
+            cut_bytes,
+            cut_interval: Duration::from_millis([1, 10, 50][random.index(3)]),
+            start_grace: Duration::from_millis([100, 2000, 30_000][random.index(3)]),
+            redo: RedoConfig::new(files, segment).unwrap_or_else(|error| unreachable!("{error}")),
+            write_blocks_max,
+            faults,
+            fault_interval: MILLISECOND * [50, 300, 1000, 3000][random.index(4)],
+            host_interval: MILLISECOND / 10 * [3, 10, 40, 100][random.index(4)],
+            load_end: SECOND * (1 + random.below(8)),
+            skews: [random.below(1000 * SECOND), random.below(1000 * SECOND)],
+            iops: random.chance(150).then_some(3000),
+            hot_blocks: [8, 32, 1000][random.index(3)],
+        }
+    }
+}
