@@ -138,6 +138,10 @@ impl Copying {
         self.active.is_empty()
     }
 
+    fn overlaps(&self, volume: VolumeIndex, range: ByteRange) -> bool {
+        self.ranges().any(|(of, active)| of == volume && active.overlaps(range))
+    }
+
     fn bytes(&self) -> u64 {
         self.active.values().map(|copy| copy.range.length()).sum()
     }
@@ -278,6 +282,10 @@ impl Primary {
             let Some((volume, range)) = self.next_dirty_run(blocks) else {
                 break;
             };
+            // Dirty again while it is being copied: once more, after that.
+            if self.copying.overlaps(volume, range) {
+                break;
+            }
             self.volume(volume).current.clear(range);
             self.copying.active.insert((volume, range.offset()), ActiveCopy { range, step: None });
             planned.push((volume, range));

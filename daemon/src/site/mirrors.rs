@@ -94,6 +94,13 @@ impl Site {
             );
             problem(ProblemKind::NotFound, detail)
         })?;
+        if create.overload != Overload::Bitmap {
+            let detail = format!(
+                "mirror '{name}' cannot have the policy '{}': this version has --overload bitmap only",
+                create.overload
+            );
+            return Err(problem(ProblemKind::Refused, detail));
+        }
         if self.catalogue().mirror(name).is_some() {
             let detail = format!("mirror '{name}' exists already: choose another name or delete it first");
             return Err(problem(ProblemKind::Conflict, detail));

@@ -22,7 +22,13 @@ impl Fio {
     /// A job on a volume; `numjobs`, `iodepth`, `rw` and the rest are options.
     pub fn new(export: &Export) -> Self {
         let uri = export.uri();
-        let mut options = vec!["--name=job", "--ioengine=nbd", "--group_reporting", "--output-format=json"];
+        let mut options = vec![
+            "--name=job",
+            "--ioengine=nbd",
+            "--group_reporting",
+            "--output-format=json",
+            "--verify_state_save=0",
+        ];
         options.push("--exitall_on_error=1");
         let mut options: Vec<_> = options.into_iter().map(str::to_owned).collect();
         options.push(format!("--uri={uri}"));

@@ -112,9 +112,9 @@ impl World {
                 if !ack.staged {
                     self.told(site, &ack.tip.position);
                 }
-                match self.random.below(64) {
+                match self.random.below(128) {
                     0 => self.probe(site, true, "acknowledged, then power lost"),
-                    1..=6 => self.probe(site, false, "acknowledged"),
+                    1..=8 => self.probe(site, false, "acknowledged"),
                     _ => {}
                 }
             }
@@ -217,9 +217,9 @@ impl World {
             self.check_answers(site);
             self.check_rpo(site);
         }
-        match self.random.below(16) {
+        match self.random.below(200) {
             0 => self.check_coverage(true),
-            1 => self.check_coverage(false),
+            1..=6 => self.check_coverage(false),
             _ => {}
         }
         if self.healing {
@@ -236,8 +236,15 @@ impl World {
         let late =
             self.sites[site].commands.iter().find(|(_, known)| self.now > known.submitted + ANSWER_MAX);
         if let Some(((volume, id), known)) = late {
-            let text =
-                format!("site {site} does not answer {:?} {id:?} of volume {}", known.command, volume.0);
+            let group = self.sites[site].group.as_ref().map(Group::volume_snapshots);
+            let text = format!(
+                "site {site} does not answer {:?} {id:?} of volume {} since {} s: {group:?}, pending {:?}, writes {:?}",
+                known.command,
+                volume.0,
+                Duration::from_nanos(self.now - known.submitted).as_secs_f64(),
+                self.sites[site].pending.values().map(|pending| pending.answer).collect::<Vec<_>>(),
+                known.writes,
+            );
             self.fail(text);
         }
     }
@@ -263,11 +270,13 @@ impl World {
         let image = if self.sites[target].state.role == Role::Primary {
             self.home_hashes(target)
         } else {
-            let mut files = self.sites[target].files.clone();
             if power {
+                let mut files = self.sites[target].files.clone();
                 files.iter_mut().for_each(|file| file.lose_power(&mut self.random));
+                self.exposed(&files).hashes
+            } else {
+                self.exposed(&self.sites[target].files).hashes
             }
-            self.exposed(&files).hashes
         };
         let home = self.home_hashes(primary);
         let other = &self.sites[target].state;

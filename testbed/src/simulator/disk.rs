@@ -97,12 +97,13 @@ impl VirtualFile {
     /// A write completed that is durable by itself.
     pub(super) fn land_durable(&mut self, offset: u64, content: Content) {
         let (start, end) = (size(offset), size(offset) + content.length());
-        for (offset, landed) in self.unflushed.iter_mut().flat_map(|landed| &mut landed.0) {
-            if *offset < end && start < *offset + landed.length() {
-                // The older write of a sector that is durable now must not come back later.
-                landed.store(&mut self.stable, *offset);
-                *landed = Content::Zeros(0);
-            }
+        // An older write of these sectors must not come back later.
+        for landed in &mut self.unflushed {
+            let parts = std::mem::take(&mut landed.0);
+            landed.0 = parts
+                .into_iter()
+                .flat_map(|(offset, content)| outside(offset, &content, start, end))
+                .collect();
         }
         content.store(&mut self.current, start);
         content.store(&mut self.stable, start);
@@ -164,4 +165,18 @@ fn sectors(offset: usize, content: &Content) -> impl Iterator<Item = (usize, Con
     (0..length)
         .step_by(step)
         .map(move |start| (offset + start, content.slice(start, length.min(start + step))))
+}
+
+/// The parts of a write that lie outside `start..end`.
+fn outside(
+    offset: usize,
+    content: &Content,
+    start: usize,
+    end: usize,
+) -> impl Iterator<Item = (usize, Content)> + use<> {
+    let length = content.length();
+    let before = start.saturating_sub(offset).min(length);
+    let after = end.saturating_sub(offset).min(length).max(before);
+    let parts = [(offset, content.slice(0, before)), (offset + after, content.slice(after, length))];
+    parts.into_iter().filter(|(_, part)| part.length() > 0)
 }

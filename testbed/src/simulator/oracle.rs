@@ -52,6 +52,10 @@ impl Oracle {
         self.lineages.contains_key(&lineage)
     }
 
+    pub(super) fn knows_epoch(&self, epoch: u64) -> bool {
+        self.epochs.contains_key(&epoch)
+    }
+
     /// A primary begins a lineage with this home. Positions must never be used twice.
     pub(super) fn begin(&mut self, lineage: LineageKey, site: usize, base: Vec<u64>) -> Result<(), String> {
         let owner = *self.epochs.entry(lineage.0).or_insert(site);

@@ -25,6 +25,9 @@ impl World {
             }
             Effect::Prepare { volume, step, command, device, wanted, read_head, read_tail } => {
                 self.sites[site].prepared.insert((volume, step), command);
+                self.tell(|| {
+                    format!("site {site} prepares {command:?} {step:?} of volume {}: {wanted}", volume.0)
+                });
                 let answer = Answer::Prepare { volume, step, command, device, wanted };
                 if read_head || read_tail {
                     self.read(site, usize::from(volume.0), device, answer);

@@ -175,7 +175,7 @@ impl World {
             if !self.healing && self.now >= self.plan.load_end + SECOND {
                 self.heal();
             }
-            if self.healing && self.is_converged() {
+            if self.healing && event == Event::Check && self.is_converged() {
                 self.check_final();
                 return;
             }
@@ -261,17 +261,19 @@ impl World {
         if !serves || self.sites[site].lineage == Some(lineage) || self.sites[site].state != *state {
             return;
         }
-        let (fork, forked) = (state.fork(), self.sites[site].lineage.is_none());
-        let known = self.sites[site].process;
+        let fork = state.fork();
         // A restarted process shows its old incarnation until the new one is durable.
         if self.oracle.knows(lineage) {
             return;
         }
-        let _ = (forked, known);
         self.sites[site].lineage = Some(lineage);
         let base = self.home_hashes(site);
         if let Some((ordered_at, loss)) = self.sites[site].failover.take() {
             self.check_promotion(site, &fork, ordered_at, loss, &base);
+        }
+        if !self.oracle.knows_epoch(lineage.0) {
+            // What the new epoch does not contain is lost, or an orphan.
+            self.oracle.acked.iter_mut().for_each(std::collections::VecDeque::clear);
         }
         self.tell(|| format!("site {site} begins lineage {lineage:?}"));
         if let Err(text) = self.oracle.begin(lineage, site, base) {
