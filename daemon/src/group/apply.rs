@@ -102,6 +102,11 @@ impl Applying {
         self.is_idle() && self.unflushed.is_empty() && self.current.is_empty()
     }
 
+    /// A replay of what is not released would change nothing at home.
+    pub(super) fn holds_only_headers(&self) -> bool {
+        self.is_idle() && self.current.is_empty() && self.unflushed.iter().all(|item| item.done)
+    }
+
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
         if !self.is_idle() {
             return None;

@@ -119,9 +119,9 @@ impl Primary {
         self.link = link;
     }
 
-    fn halt(&mut self, reason: String, out: &mut Outbox) -> LinkNews {
+    fn halt(&mut self, reason: String, overwrites: bool, out: &mut Outbox) -> LinkNews {
         out.log(Loudness::Error, reason.clone());
-        self.close(Link::Halted { reason: reason.clone() }, &reason, out);
+        self.close(Link::Halted { reason: reason.clone(), overwrites }, &reason, out);
         LinkNews::Nothing
     }
 
@@ -187,6 +187,7 @@ impl Primary {
                     "the partner refuses the mirror: {}; mend it, then run 'farshore mirror start'",
                     refuse.text
                 ),
+                false,
                 out,
             ),
         }
@@ -253,7 +254,7 @@ impl Primary {
                  overwritten until 'farshore mirror start' compares all of it",
                 welcome.tip.position
             );
-            self.halt(reason, out);
+            self.halt(reason, true, out);
             return LinkNews::Heard;
         }
         self.compare_everything(settings);

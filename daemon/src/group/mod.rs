@@ -91,6 +91,8 @@ struct RecoveredCuts {
     staged_cuts: Vec<ApplyItem>,
     committed_cuts: Vec<ApplyItem>,
     stamps: Option<(WallTime, WallTime)>,
+    /// The last one is a commit that no initial copy makes: the image is whole.
+    completes: bool,
 }
 
 impl RecoveredCuts {
@@ -108,6 +110,7 @@ impl RecoveredCuts {
             staged: recovered.staged_tip,
             staged_cuts: staged.iter().map(item).collect(),
             committed_cuts: committed.iter().map(item).collect(),
+            completes: committed.last().is_some_and(|cut| !cut.meta.initial),
             stamps: committed.last().map(|last| {
                 let echo = committed.iter().map(|cut| cut.meta.echo).max();
                 (last.meta.time, echo.unwrap_or_default())
@@ -266,12 +269,14 @@ impl Group {
             }
             mirror.changes.push_back(StateChange::Incarnation);
         } else {
+            let completes = recovered.completes;
             let mut secondary = Secondary::new(redo.log, checkpoint, recovered);
             secondary.compare = roles::compare_ranges(&intents, &mirror.settings);
             // A commit of the new lineage made it whole, though the note of that is missing.
             if secondary.tip().position.epoch == mirror.state.epoch {
                 mirror.state.diverged = false;
             }
+            mirror.state.consistent |= completes;
             mirror.machine = Machine::Secondary(Box::new(secondary));
             mirror.intents = intents;
             self.withdrawn_because = roles::secondary_reason(&mirror.state);
@@ -408,7 +413,7 @@ impl Group {
             ),
         );
         if let Some(mirror) = &mut self.mirror {
-            mirror.end_incarnation(self.now, &mut self.out);
+            mirror.end_incarnation(volume, self.now, &mut self.out);
         }
     }
 

@@ -45,7 +45,11 @@ pub(super) enum Link {
     /// The partner answered.
     Up { session: SessionId },
     /// An operator must act; the text says why and what to do.
-    Halted { reason: String },
+    Halted {
+        reason: String,
+        /// `start` allows the partner's image to be overwritten; else it only tries again.
+        overwrites: bool,
+    },
     /// An operator stopped mirroring.
     Stopped,
 }
@@ -87,6 +91,22 @@ pub(super) struct PrimaryVolume {
     pub(super) next: DirtyMap,
     /// Blocks that could not be read: the target keeps its old content of them. The next pass tries again.
     pub(super) bad: DirtyMap,
+    /// A flush failed: another one may show other content again, so no intent bit clears before a restart.
+    pub(super) poisoned: bool,
+}
+
+impl PrimaryVolume {
+    /// True if an intent bit covers every block that could not be read: a commit leaves it different at the target,
+    /// and a diverged partner forgets after it where it differed.
+    fn bad_is_noted(&mut self) -> bool {
+        let mut noted = true;
+        let mut from = Lba(0);
+        while let Some((first, count)) = self.bad.next_run(from, BlockCount(u64::MAX)) {
+            from = Lba(first.0.saturating_add(count.0));
+            noted &= ByteRange::of_blocks(first, count).is_none_or(|range| self.intent.request(range));
+        }
+        noted
+    }
 }
 
 struct WaitingWrite {
@@ -170,6 +190,7 @@ impl Primary {
                 current,
                 next: DirtyMap::default(),
                 bad: DirtyMap::default(),
+                poisoned: false,
             });
         }
         Self {
@@ -398,12 +419,13 @@ impl Primary {
     }
 
     /// True if nothing is left to compare or copy and a cut through `through` covers all copies and folded records.
-    fn commit_ready(&self, through: Sequence) -> bool {
+    fn commit_ready(&mut self, through: Sequence) -> bool {
         self.folded_from.is_none()
             && self.compare.is_done()
             && self.copying.is_idle()
             && through >= self.commit_floor
             && self.volumes.iter().all(|volume| volume.current.is_empty())
+            && self.volumes.iter_mut().all(PrimaryVolume::bad_is_noted)
     }
 
     /// Sends the cuts that are due.
@@ -616,7 +638,8 @@ impl Primary {
         self.last_clear = now;
         for index in 0..self.volumes.len() {
             let index = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
-            let over = self.volume(index).intent.count() > settings.intent_budget_regions;
+            let volume = self.volume(index);
+            let over = !volume.poisoned && volume.intent.count() > settings.intent_budget_regions;
             let asked = out.waits_for(
                 |purpose| matches!(purpose, Purpose::ClearFlush { volume, .. } if *volume == index),
             );
@@ -691,6 +714,9 @@ impl Primary {
         for (index, volume) in self.volumes.iter_mut().enumerate() {
             let index = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
             volume.tracker = inherited_regions(&volume.intent, &volume.current, volume.size, settings, now);
+            if volume.poisoned {
+                volume.tracker.flush_failed();
+            }
             self.compare.add_regions(index, &volume.intent, volume.size, settings.region_bytes);
         }
     }

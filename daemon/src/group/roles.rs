@@ -193,7 +193,7 @@ impl Mirror {
     }
 
     /// A flush failed at home: nothing more is admitted until a new incarnation is durable.
-    pub(super) fn end_incarnation(&mut self, now: Monotonic, out: &mut Outbox) {
+    pub(super) fn end_incarnation(&mut self, volume: VolumeIndex, now: Monotonic, out: &mut Outbox) {
         if let Machine::Primary(primary) = &mut self.machine {
             // At once: home may have lost what the records before promise, and a copy would carry the loss.
             primary.close(
@@ -203,6 +203,7 @@ impl Mirror {
             );
             primary.admission_open = false;
             primary.volumes.iter_mut().for_each(|volume| volume.tracker.flush_failed());
+            primary.volume(volume).poisoned = true;
             self.changes.push_back(StateChange::NewIncarnation);
         }
     }
@@ -555,14 +556,14 @@ impl Group {
     pub fn start(&mut self, local: bool) -> Result<(), VerbRefused> {
         let now = self.now;
         let mirror = self.mirror_in_role("start")?;
-        if mirror.state.stopped {
-            mirror.changes.push_back(StateChange::Stopped(false));
-        }
         let Machine::Primary(primary) = &mirror.machine else {
             return Ok(());
         };
-        if primary.gate != Gate::Open || matches!(primary.link, Link::Halted { .. }) {
+        let halted = matches!(primary.link, Link::Halted { .. });
+        if primary.gate != Gate::Open || matches!(primary.link, Link::Halted { overwrites: true, .. }) {
             mirror.changes.push_back(StateChange::Approve);
+        } else if mirror.state.stopped || halted {
+            mirror.changes.push_back(StateChange::Stopped(false));
         }
         if local && !self.presented {
             self.out.log(
@@ -689,6 +690,7 @@ impl Mirror {
             staged_cuts: Vec::new(),
             committed_cuts: Vec::new(),
             stamps: None,
+            completes: false,
         };
         let mut secondary = Secondary::new(log, checkpoint, empty);
         secondary.compare = compare_ranges(&self.intents, &self.settings);

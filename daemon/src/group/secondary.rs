@@ -360,7 +360,9 @@ impl Secondary {
             // An initial copy would expose a mix; only a side without an image takes one.
             return self.end_session("the image here is consistent: it takes no initial copy", out);
         }
-        if initial && !(self.queue.is_empty() && self.applying.is_idle()) {
+        if initial && !(self.queue.is_empty() && self.applying.holds_only_headers()) {
+            // Redo that a restart would replay must not lie below what is written straight to home.
+            self.applying.hurry = true;
             return;
         }
         let mut cuts = Vec::new();

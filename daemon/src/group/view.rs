@@ -167,7 +167,7 @@ impl Primary {
     fn snapshot(&self, consistent: bool, now: Monotonic) -> MirrorSnapshot {
         let state = self.state(consistent);
         let reason = match (&self.link, self.gate) {
-            (Link::Halted { reason }, _) => Some(reason.clone()),
+            (Link::Halted { reason, .. }, _) => Some(reason.clone()),
             (Link::Stopped, _) => Some("an operator stopped the mirror".to_owned()),
             (Link::Up { .. }, Gate::Approval) => Some(format!(
                 "the partner holds up to {} bytes that this side never had: 'farshore mirror start' overwrites them",

@@ -186,6 +186,19 @@ mod tests {
     }
 
     #[test]
+    fn what_a_restart_forgot_is_unknown_until_it_is_bounded_or_committed() {
+        let mut tracker = RpoTracker::default();
+        tracker.lose();
+        assert!(tracker.is_unknown());
+        tracker.inherit(Monotonic(50));
+        assert!(!tracker.is_unknown() && tracker.is_bound());
+        assert_eq!(tracker.rpo(Monotonic(150)), Duration::from_nanos(100));
+        tracker.lose();
+        tracker.committed(Sequence(3));
+        assert!(!tracker.is_unknown() && !tracker.is_bound());
+    }
+
+    #[test]
     fn memory_is_bounded_however_long_the_partner_is_away() {
         let mut tracker = RpoTracker::default();
         for sequence in 1..=1_000_000_u64 {

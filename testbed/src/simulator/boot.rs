@@ -49,6 +49,7 @@ impl World {
             slowness: 1,
             acked_tip: None,
             lineage: None,
+            heard_epoch: 0,
             start_given: 0,
             failover: None,
         }
@@ -168,6 +169,7 @@ impl World {
         let known = &mut self.sites[site];
         known.group = Some(group);
         known.lineage = None;
+        known.heard_epoch = 0;
         known.presented = false;
         let _ = self.enter(site);
         self.pump(site);

@@ -252,6 +252,9 @@ impl World {
     fn check_rpo(&mut self, site: usize) {
         let snapshot = self.enter(site).and_then(|group| group.mirror_snapshot());
         let Some(snapshot) = snapshot else { return };
+        if snapshot.role == Role::Primary && snapshot.memory.0 > self.plan.ring.bytes_max {
+            self.fail(format!("site {site} holds {} bytes for the mirror", snapshot.memory.0));
+        }
         let (Some(reported), Role::Primary) = (snapshot.rpo, snapshot.role) else { return };
         let known = self.sites[1 - site].acked_tip.unwrap_or_default();
         if let Some(oldest) = self.oracle.oldest_missing(site, &known, self.now) {
@@ -289,7 +292,7 @@ impl World {
                 let range = block::ByteRange::new(index * 4096, 4096).unwrap_or_default();
                 let covered =
                     ours.is_durable(range) || theirs.as_ref().is_some_and(|map| map.is_durable(range));
-                if home[block] != image[block] && !covered && !self.bad.contains(&block) {
+                if home[block] != image[block] && !covered {
                     return self.fail(format!(
                         "block {block} differs between site {primary} and its target and no intent bit covers it"
                     ));

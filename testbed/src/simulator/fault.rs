@@ -13,6 +13,7 @@ pub(super) enum Zone {
     HomeRead,
     HomeSync,
     Redo,
+    RedoRead,
     Intent,
     State,
     Cut,
@@ -52,7 +53,8 @@ impl World {
             Operation::Write { .. } | Operation::Sync { .. } => Zone::Redo,
             Operation::Read { file, .. } if *file < homes => Zone::HomeRead,
             Operation::Persist(_) => Zone::State,
-            Operation::Read { .. } | Operation::Nothing => return false,
+            Operation::Read { .. } => Zone::RedoRead,
+            Operation::Nothing => return false,
         };
         let rate = self.errors.rate(site, zone, self.now);
         rate > 0 && self.random.chance(rate)
@@ -113,7 +115,10 @@ impl World {
             Fault::Failover => self.order_failover(false),
             Fault::FailoverDead => self.order_failover(true),
             Fault::HomeErrors => self.errors(Zone::HomeWrite, 30),
-            Fault::ReadErrors => self.errors(Zone::HomeRead, 100),
+            Fault::ReadErrors => {
+                self.errors(Zone::HomeRead, 100);
+                self.errors(Zone::RedoRead, 100);
+            }
             Fault::HomeSyncErrors => self.errors(Zone::HomeSync, 100),
             Fault::RedoErrors => self.errors(Zone::Redo, 60),
             Fault::IntentErrors => self.errors(Zone::Intent, 200),

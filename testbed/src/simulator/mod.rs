@@ -9,7 +9,8 @@
 //! - every file: see `disk`; a kill keeps completed writes and loses the process, of the writes in flight any sectors
 //!   may land; a power loss also loses unflushed sectors;
 //! - home of a volume: writes, reads and syncs fail; a failed read fails once;
-//! - intent file, checkpoint, redo segments: writes and syncs fail, a failed write tears; reads of them do not fail;
+//! - redo segments: writes, syncs and reads fail, but for the reads of a start;
+//! - intent file, checkpoint: writes fail and tear; reads of them do not fail;
 //! - group state and clean file: written atomically; a failed write of the state may have landed;
 //! - network: delay, cut, flapping, a damaged cut; control and data overtake each other;
 //! - clocks: constant offset between the monotonic clocks, skew and jumps of the wall clocks.

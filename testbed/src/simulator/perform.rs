@@ -119,6 +119,9 @@ impl World {
         if self.sites[site].state.role != Role::Primary {
             return self.fail(format!("site {site} issues a host's write although it is the secondary"));
         }
+        if self.sites[site].heard_epoch > lineage.0 {
+            return self.fail(format!("site {site} writes for hosts although it heard of a higher epoch"));
+        }
         if !self.durable_intent(site, file).is_durable(range) {
             return self.fail(format!(
                 "site {site} issues a home write of {range} before its intent bit is durable"

@@ -102,6 +102,8 @@ pub(super) struct Site {
     /// As a target: the last position that it acknowledged as committed.
     pub(super) acked_tip: Option<Position>,
     pub(super) lineage: Option<LineageKey>,
+    /// The highest epoch that its process was told of.
+    pub(super) heard_epoch: u64,
     /// An operator's start allowed overwriting the partner's writes in this epoch.
     pub(super) start_given: u64,
     /// A forced failover waits for its fork: when it was ordered and which loss was reported.

@@ -346,6 +346,15 @@ impl World {
             Err(error) => return self.fail(format!("a control frame does not decode: {error}")),
         };
         self.tell(|| format!("site {} hears on {session}: {message:?}", side.site));
+        let told = if let Message::Hello(hello) = &message {
+            hello.position.epoch.0
+        } else if let Message::Refuse(refuse) = &message {
+            refuse.epoch.0
+        } else {
+            0
+        };
+        let heard = &mut self.sites[side.site].heard_epoch;
+        *heard = told.max(*heard);
         let Some(group) = self.enter(side.site) else { return };
         if let (Message::Hello(hello), true) = (&message, greeting) {
             group.greeted(id, hello.clone());
