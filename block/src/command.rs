@@ -34,15 +34,39 @@ pub enum HostCommand {
         fua: bool,
         /// Keep the space allocated (always true of thick volumes).
         no_hole: bool,
+        /// Fail with [`HostError::NotSupported`], and change nothing, where it would be no faster than a write.
+        fast: bool,
     },
+    /// The bytes will be read soon.
+    Cache {
+        /// The bytes to bring closer.
+        range: ByteRange,
+    },
+    /// Tell which parts of `range` are known to read as zeros.
+    Status {
+        /// The bytes asked about.
+        range: ByteRange,
+        /// One extent is enough.
+        one: bool,
+    },
+}
+
+/// A run of bytes with one allocation status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Number of bytes; never 0.
+    pub length: u64,
+    /// True if they are known to read as zeros.
+    pub zero: bool,
 }
 
 impl HostCommand {
     /// The bytes that the command concerns; `None` for a flush.
     pub const fn range(&self) -> Option<ByteRange> {
         match self {
-            Self::Read { range } | Self::Write { range, .. } => Some(*range),
-            Self::Trim { range, .. } | Self::WriteZeroes { range, .. } => Some(*range),
+            Self::Read { range } | Self::Cache { range } => Some(*range),
+            Self::Write { range, .. } | Self::Trim { range, .. } => Some(*range),
+            Self::WriteZeroes { range, .. } | Self::Status { range, .. } => Some(*range),
             Self::Flush => None,
         }
     }

@@ -11,7 +11,7 @@ mod time;
 mod units;
 
 pub use class::{IopsLimit, StorageClass, TIB};
-pub use command::{HostCommand, HostError, HostResult};
+pub use command::{Extent, HostCommand, HostError, HostResult};
 pub use identity::{MirrorId, NameError, SiteId, VolumeId, VolumeIndex, VolumeName};
 pub use position::{ChainHash, Epoch, Incarnation, Position, Sequence, Tip};
 pub use time::{Monotonic, WallTime};

@@ -45,6 +45,7 @@ pub fn cost(command: &HostCommand) -> u32 {
         HostCommand::Trim { .. } => 1,
         HostCommand::WriteZeroes { range, .. } if range.length() >= STEP_BYTES_MAX => 1,
         HostCommand::WriteZeroes { range, .. } => by_length(range.length()),
+        HostCommand::Cache { .. } | HostCommand::Status { .. } => 1,
         HostCommand::Flush => 0,
     }
 }
@@ -323,7 +324,12 @@ mod tests {
     #[test]
     fn costs_follow_length_and_kind() {
         let range = |length| ByteRange::new(4096, length).unwrap();
-        let zeroes = |length| HostCommand::WriteZeroes { range: range(length), fua: false, no_hole: false };
+        let zeroes = |length| HostCommand::WriteZeroes {
+            range: range(length),
+            fua: false,
+            no_hole: false,
+            fast: false,
+        };
         assert_eq!(cost(&HostCommand::Read { range: range(0) }), 1);
         assert_eq!(cost(&HostCommand::Read { range: range(256 << 10) }), 1);
         assert_eq!(cost(&HostCommand::Write { range: range((256 << 10) + 1), fua: true }), 2);

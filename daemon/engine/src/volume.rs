@@ -321,12 +321,21 @@ impl Volume {
         let inside = command.range().is_none_or(|range| range.end() <= self.size.0);
         match command {
             HostCommand::Write { .. } | HostCommand::WriteZeroes { .. } if !inside => Err(HostError::NoSpace),
-            HostCommand::Read { .. } | HostCommand::Trim { .. } if !inside => Err(HostError::Invalid),
+            HostCommand::Read { .. }
+            | HostCommand::Trim { .. }
+            | HostCommand::Cache { .. }
+            | HostCommand::Status { .. }
+                if !inside =>
+            {
+                Err(HostError::Invalid)
+            }
             HostCommand::Read { .. }
             | HostCommand::Write { .. }
             | HostCommand::Flush
             | HostCommand::Trim { .. }
-            | HostCommand::WriteZeroes { .. } => Ok(()),
+            | HostCommand::WriteZeroes { .. }
+            | HostCommand::Cache { .. }
+            | HostCommand::Status { .. } => Ok(()),
         }
     }
 
@@ -534,7 +543,10 @@ const fn is_fua(command: &HostCommand) -> bool {
         HostCommand::Write { fua, .. }
         | HostCommand::Trim { fua, .. }
         | HostCommand::WriteZeroes { fua, .. } => *fua,
-        HostCommand::Read { .. } | HostCommand::Flush => false,
+        HostCommand::Read { .. }
+        | HostCommand::Flush
+        | HostCommand::Cache { .. }
+        | HostCommand::Status { .. } => false,
     }
 }
 

@@ -403,7 +403,9 @@ impl Shard {
                 HostCommand::Write { .. }
                 | HostCommand::Flush
                 | HostCommand::Trim { .. }
-                | HostCommand::WriteZeroes { .. },
+                | HostCommand::WriteZeroes { .. }
+                | HostCommand::Cache { .. }
+                | HostCommand::Status { .. },
             ) => style.put_success(&mut connection.heads, request.cookie),
         }
         self.flushing.insert(id);
@@ -527,7 +529,11 @@ impl Shard {
 pub(super) fn charge(command: &HostCommand) -> usize {
     let length = match command {
         HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
-        HostCommand::Flush | HostCommand::Trim { .. } | HostCommand::WriteZeroes { .. } => 0,
+        HostCommand::Flush
+        | HostCommand::Trim { .. }
+        | HostCommand::WriteZeroes { .. }
+        | HostCommand::Cache { .. }
+        | HostCommand::Status { .. } => 0,
     };
     usize::try_from(length).unwrap_or(usize::MAX)
 }

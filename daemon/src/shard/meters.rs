@@ -63,6 +63,7 @@ impl VolumeMeters {
             }
             HostCommand::Trim { .. } => self.trims.increment(1),
             HostCommand::WriteZeroes { .. } => self.zeroes.increment(1),
+            HostCommand::Cache { .. } | HostCommand::Status { .. } => {}
         }
     }
 

@@ -59,10 +59,15 @@ impl World {
         let command = match self.random.below(100) {
             0..=54 => HostCommand::Write { range: self.whole_units(blocks), fua: self.random.chance(50) },
             55..=69 => HostCommand::Write { range: self.part(bytes), fua: self.random.chance(50) },
-            70..=77 => {
-                HostCommand::WriteZeroes { range: self.whole_units(blocks), fua: false, no_hole: true }
+            70..=77 => HostCommand::WriteZeroes {
+                range: self.whole_units(blocks),
+                fua: false,
+                no_hole: true,
+                fast: false,
+            },
+            78..=80 => {
+                HostCommand::WriteZeroes { range: self.part(bytes), fua: false, no_hole: true, fast: false }
             }
-            78..=80 => HostCommand::WriteZeroes { range: self.part(bytes), fua: false, no_hole: true },
             81 if bytes > 1 << 20 => {
                 let range = ByteRange::new(self.random.below(2) * 8192, 1 << 20).unwrap_or_default();
                 HostCommand::Trim { range, fua: self.random.chance(300) }

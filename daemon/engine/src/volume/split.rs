@@ -68,7 +68,10 @@ impl Splitter {
             HostCommand::Read { range } => (Kind::Read, *range),
             HostCommand::Write { range, .. } => (Kind::Seal, *range),
             HostCommand::Trim { range, .. } if large(range) => (Kind::ZeroRange, range.unit_inward()),
-            HostCommand::Trim { .. } | HostCommand::Flush => (Kind::ZeroRange, ByteRange::default()),
+            HostCommand::Trim { .. }
+            | HostCommand::Flush
+            | HostCommand::Cache { .. }
+            | HostCommand::Status { .. } => (Kind::ZeroRange, ByteRange::default()),
             HostCommand::WriteZeroes { range, .. } if large(range) => (Kind::ZeroesRange, *range),
             HostCommand::WriteZeroes { range, .. } => (Kind::ZeroesWritten, *range),
         };
@@ -143,7 +146,7 @@ mod tests {
                 0 => HostCommand::Read { range },
                 1 => HostCommand::Write { range, fua: false },
                 2 => HostCommand::Trim { range, fua: false },
-                _ => HostCommand::WriteZeroes { range, fua: false, no_hole: true },
+                _ => HostCommand::WriteZeroes { range, fua: false, no_hole: true, fast: false },
             }
         })
     }
@@ -158,6 +161,8 @@ mod tests {
                 HostCommand::Read { .. }
                 | HostCommand::Write { .. }
                 | HostCommand::Flush
+                | HostCommand::Cache { .. }
+                | HostCommand::Status { .. }
                 | HostCommand::WriteZeroes { .. } => range,
             };
             let (mut at, mut unit_end) = (expected.offset(), 0);

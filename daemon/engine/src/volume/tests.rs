@@ -22,7 +22,7 @@ fn trim(offset: u64, length: u64, fua: bool) -> HostCommand {
 }
 
 fn zeroes(offset: u64, length: u64, fua: bool) -> HostCommand {
-    HostCommand::WriteZeroes { range: range(offset, length), fua, no_hole: false }
+    HostCommand::WriteZeroes { range: range(offset, length), fua, no_hole: false, fast: false }
 }
 
 fn bounds(range: ByteRange) -> std::ops::Range<usize> {
@@ -182,7 +182,11 @@ fn apply_to_model(model: &mut [u8], id: u64, command: &HostCommand) {
         HostCommand::Trim { range, .. } if range.length() >= MIB => {
             model[bounds(range.unit_inward())].fill(0)
         }
-        HostCommand::Trim { .. } | HostCommand::Read { .. } | HostCommand::Flush => {}
+        HostCommand::Trim { .. }
+        | HostCommand::Read { .. }
+        | HostCommand::Flush
+        | HostCommand::Cache { .. }
+        | HostCommand::Status { .. } => {}
     }
 }
 

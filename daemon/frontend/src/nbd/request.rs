@@ -116,6 +116,6 @@ pub(super) fn check(header: &RequestHeader, limits: &Limits) -> Result<Action, R
         command::READ => HostCommand::Read { range },
         command::WRITE => HostCommand::Write { range, fua },
         command::TRIM => HostCommand::Trim { range, fua },
-        _ => HostCommand::WriteZeroes { range, fua, no_hole: flags & flag::NO_HOLE != 0 },
+        _ => HostCommand::WriteZeroes { range, fua, no_hole: flags & flag::NO_HOLE != 0, fast: false },
     }))
 }

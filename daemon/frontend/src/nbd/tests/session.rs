@@ -127,7 +127,7 @@ fn expected(request: &Request, structured: bool, read_only: bool) -> Result<Opti
         0 => HostCommand::Read { range },
         1 => HostCommand::Write { range, fua },
         4 => HostCommand::Trim { range, fua },
-        _ => HostCommand::WriteZeroes { range, fua, no_hole: flag(1) },
+        _ => HostCommand::WriteZeroes { range, fua, no_hole: flag(1), fast: false },
     }))
 }
 

@@ -56,7 +56,8 @@ fn commands_and_their_flags_are_understood() {
     assert_eq!(event(3, FUA, 0, 0), run(HostCommand::Flush));
     let trim = HostCommand::Trim { range: range(0, u64::from(u32::MAX)), fua: false };
     assert_eq!(event(4, 0, 0, u32::MAX), run(trim));
-    let zeroes = HostCommand::WriteZeroes { range: range(SIZE - 1, 1), fua: true, no_hole: true };
+    let zeroes =
+        HostCommand::WriteZeroes { range: range(SIZE - 1, 1), fua: true, no_hole: true, fast: false };
     assert_eq!(event(6, FUA | NO_HOLE, SIZE - 1, 1), run(zeroes));
     assert_eq!(event(2, 0xffff, 9, 9), Event::Disconnect);
 }
