@@ -98,6 +98,7 @@ enum Stage {
     Admit,
     Home,
     Flush,
+    Inquiry,
     Copy,
 }
 
@@ -216,6 +217,13 @@ impl Volume {
             self.poison();
         }
         let result = if self.poisoned { Err(HostError::Io) } else { result };
+        self.finish(step, result);
+        self.turn(now);
+    }
+
+    /// An `Inquire` ended.
+    pub fn inquired(&mut self, now: Monotonic, step: StepId, result: HostResult) {
+        self.leave(step, Stage::Inquiry);
         self.finish(step, result);
         self.turn(now);
     }
@@ -440,7 +448,10 @@ impl Volume {
                 self.enter(id, Stage::Prepare, prepare(id, command, wanted));
             }
             (Task::Flush, Some(command)) => self.enter(id, Stage::Flush, Effect::Flush { step: id, command }),
-            (Task::Read(_) | Task::Seal(_) | Task::Flush, None) => {
+            (Task::Inquiry, Some(command)) => {
+                self.enter(id, Stage::Inquiry, Effect::Inquire { step: id, command });
+            }
+            (Task::Read(_) | Task::Seal(_) | Task::Flush | Task::Inquiry, None) => {
                 unreachable!("only copies have no command")
             }
         }
@@ -479,7 +490,7 @@ impl Volume {
             Task::Seal(wanted) => (command, wanted.unit_outward(), Content::Sealed),
             Task::Zeros(device) => (command, device, Content::Zeros),
             Task::ZeroRange(device) => (command, device, Content::Trimmed),
-            Task::Read(_) | Task::Copy(_) | Task::Flush => unreachable!("not a write step"),
+            Task::Read(_) | Task::Copy(_) | Task::Flush | Task::Inquiry => unreachable!("not a write step"),
         }
     }
 

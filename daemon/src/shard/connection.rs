@@ -361,6 +361,7 @@ impl Shard {
                 command,
                 payload,
                 parts: Vec::new(),
+                extents: Vec::new(),
                 started,
             },
         );

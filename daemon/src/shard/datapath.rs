@@ -1,10 +1,12 @@
 //! The effects of a group on its home files, and the ends of the operations.
 
-use block::{ByteRange, DATA_UNIT_BYTES, HostCommand, HostError, HostResult, Lba, Monotonic, VolumeIndex};
+use block::{
+    ByteRange, DATA_UNIT_BYTES, Extent, HostCommand, HostError, HostResult, Lba, Monotonic, VolumeIndex,
+};
 use bytes::Bytes;
 use engine::{CommandId, StepId};
 use frontend::nbd::Cookie;
-use store::{Buffer, Completion, File, Operation, Payload};
+use store::{Buffer, Completion, File, Operation, Payload, Returned};
 
 use super::connection::{ConnectionId, charge};
 use super::mirror_io::IoTarget;
@@ -16,6 +18,8 @@ const UNIT: usize = 4096;
 /// errno of an operation that a file system does not know.
 const EOPNOTSUPP: i32 = 95;
 const ENOSPC: i32 = 28;
+/// Extents told in one answer; clients ask on from where it ends.
+const EXTENTS_MAX: usize = 4096;
 
 /// A write command's bytes.
 pub(super) enum HostPayload {
@@ -35,6 +39,8 @@ pub(super) struct Request {
     pub(super) payload: HostPayload,
     /// A read's bytes as its steps end: offset and data.
     pub(super) parts: Vec<(u64, Bytes)>,
+    /// The answer to a status command.
+    pub(super) extents: Vec<Extent>,
     pub(super) started: Monotonic,
 }
 
@@ -83,6 +89,7 @@ pub(super) enum Pending {
         key: GroupKey,
         volume: VolumeIndex,
         step: StepId,
+        command: CommandId,
         device: ByteRange,
     },
     /// Zeros written where ZERO_RANGE is not known.
@@ -95,6 +102,12 @@ pub(super) enum Pending {
         key: GroupKey,
         volume: VolumeIndex,
         step: StepId,
+    },
+    Inquiry {
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+        command: CommandId,
     },
     Io {
         key: GroupKey,
@@ -113,11 +126,14 @@ impl Shard {
                 self.prepare(key, volume, step, command, device, wanted, read_head, read_tail);
             }
             Effect::Write { volume, step, device, data, durable } => {
-                let data = data.unwrap_or_else(|| self.zeros(device.length()));
+                let data = match data {
+                    Some(data) => Payload::One(self.aligned(data)),
+                    None => self.zeros(device.length()),
+                };
                 self.write(Pending::Write { key, volume, step }, key, volume, device.offset(), data, durable);
             }
-            Effect::ZeroRange { volume, step, device } => {
-                let pending = Pending::ZeroRange { key, volume, step, device };
+            Effect::ZeroRange { volume, step, command, device } => {
+                let pending = Pending::ZeroRange { key, volume, step, command, device };
                 self.on_home(key, volume, pending, |file| Operation::ZeroRange {
                     file,
                     offset: device.offset(),
@@ -128,6 +144,7 @@ impl Shard {
                 let pending = Pending::Flush { key, volume, step };
                 self.on_home(key, volume, pending, |file| Operation::Fdatasync { file });
             }
+            Effect::Inquire { volume, step, command } => self.inquire(key, volume, step, command),
             Effect::Reply { command, result, .. } => self.answer(command, result),
             Effect::Io { io, request } => self.perform_io(key, io, request),
             Effect::Dial => self.tell(ShardNews::Dial(key)),
@@ -156,10 +173,14 @@ impl Shard {
         }
     }
 
-    /// Raw zeros of a step's length.
-    pub(super) fn zeros(&self, length: u64) -> Bytes {
-        let length = usize::try_from(length).unwrap_or(usize::MAX).min(self.zeros.len());
-        self.zeros.slice(..length)
+    /// Raw zeros, as many as wanted: the same piece of memory again and again.
+    pub(super) fn zeros(&self, length: u64) -> Payload {
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        if length <= self.zeros.len() {
+            return Payload::One(self.zeros.slice(..length));
+        }
+        let whole = std::iter::repeat_n(self.zeros.clone(), length / self.zeros.len());
+        Payload::Many(whole.chain([self.zeros.slice(..length % self.zeros.len())]).collect())
     }
 
     fn home(&self, key: GroupKey, volume: VolumeIndex) -> Option<File> {
@@ -205,10 +226,9 @@ impl Shard {
         key: GroupKey,
         volume: VolumeIndex,
         offset: u64,
-        data: Bytes,
+        data: Payload,
         durable: bool,
     ) {
-        let data = Payload::One(self.aligned(data));
         self.on_home(key, volume, pending, |file| Operation::Write { file, offset, data, durable });
     }
 
@@ -357,6 +377,29 @@ impl Shard {
         }
     }
 
+    fn wants_fast(&self, command: CommandId) -> bool {
+        let command = self.requests.get(&command.0).map(|request| request.command);
+        matches!(command, Some(HostCommand::WriteZeroes { fast: true, .. }))
+    }
+
+    /// CACHE and STATUS.
+    fn inquire(&mut self, key: GroupKey, volume: VolumeIndex, step: StepId, command: CommandId) {
+        let request = self.requests.get(&command.0).map(|request| request.command);
+        let direct = self.home(key, volume).is_none_or(|file| file.is_direct());
+        let pending = Pending::Inquiry { key, volume, step, command };
+        match request {
+            Some(HostCommand::Status { range, one }) => self.on_home(key, volume, pending, |file| {
+                let extents_max = if one { 1 } else { EXTENTS_MAX };
+                Operation::Survey { file, offset: range.offset(), length: range.length(), extents_max }
+            }),
+            Some(HostCommand::Cache { range }) if !direct => self.on_home(key, volume, pending, |file| {
+                Operation::Prefetch { file, offset: range.offset(), length: range.length() }
+            }),
+            // Direct I/O has no cache to fill, and of a command that is gone nobody waits for the answer.
+            Some(_) | None => self.with_group(key, |served, _| served.group.inquired(volume, step, Ok(()))),
+        }
+    }
+
     /// Ends a host's command.
     fn answer(&mut self, command: CommandId, result: HostResult) {
         let Some(mut request) = self.requests.remove(&command.0) else {
@@ -456,9 +499,14 @@ impl Shard {
                 self.count(key, -1);
                 self.with_group(key, |served, _| served.group.written(volume, step, outcome, false));
             }
-            Pending::ZeroRange { key, volume, step, device } => {
+            Pending::ZeroRange { key, volume, step, command, device } => {
                 self.count(key, -1);
                 let unknown = result.as_ref().is_err_and(|error| error.raw_os_error() == Some(EOPNOTSUPP));
+                if unknown && self.wants_fast(command) {
+                    let refused = Err(HostError::NotSupported);
+                    return self
+                        .with_group(key, |served, _| served.group.written(volume, step, refused, true));
+                }
                 if unknown {
                     let zeros = self.zeros(device.length());
                     let pending = Pending::ZeroWritten { key, volume, step };
@@ -473,6 +521,15 @@ impl Shard {
             Pending::Flush { key, volume, step } => {
                 self.count(key, -1);
                 self.with_group(key, |served, _| served.group.flushed(volume, step, outcome));
+            }
+            Pending::Inquiry { key, volume, step, command } => {
+                self.count(key, -1);
+                if let (Returned::Extents(extents), Some(request)) =
+                    (returned, self.requests.get_mut(&command.0))
+                {
+                    request.extents = extents;
+                }
+                self.with_group(key, |served, _| served.group.inquired(volume, step, outcome));
             }
             Pending::Io { key, io, target } => {
                 self.count(key, -1);

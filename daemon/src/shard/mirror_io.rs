@@ -50,6 +50,7 @@ impl Shard {
             }
             IoRequest::HomeWrite { volume, offset, data } => {
                 let target = IoTarget::Done { operation: "writing a volume" };
+                let data = Payload::One(self.aligned(data));
                 self.write(Pending::Io { key, io, target }, key, volume, offset, data, false);
             }
             IoRequest::HomeZero { volume, range, trim } => self.zero_home(key, io, volume, range, trim),

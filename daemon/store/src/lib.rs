@@ -18,6 +18,7 @@ mod pool;
 mod progress;
 mod ring;
 mod socket;
+mod survey;
 mod sys;
 mod waker;
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::progress::Next;
+use crate::survey::{Survey, Surveyor};
 use crate::sys::flight::{Handle, Job};
 use crate::sys::kernel::{Kernel, Wait};
 use crate::{Completion, Operation, Token, Waker};
@@ -48,6 +49,7 @@ pub struct Ring {
     ended: Vec<Completion>,
     /// Scratch space for one round of results.
     results: Vec<(Handle, i32)>,
+    surveyor: Surveyor,
     waker: Waker,
     woken: bool,
     /// The kernel takes submissions from one thread only.
@@ -86,6 +88,7 @@ impl Ring {
             queued: VecDeque::from([Step::Start(waking)]),
             ended: Vec::new(),
             results: Vec::new(),
+            surveyor: Surveyor::new(waker.clone()),
             waker,
             woken: false,
             _one_thread: PhantomData,
@@ -99,7 +102,7 @@ impl Ring {
 
     /// Operations submitted whose completion was not handed out yet.
     pub fn in_flight(&self) -> usize {
-        self.kernel.len() - 1 + self.ended.len()
+        self.kernel.len() - 1 + self.ended.len() + self.surveyor.in_flight()
     }
 
     /// Queues an operation; the next [`wait`](Self::wait) starts it. It never fails and has no bound of its own: the
@@ -111,6 +114,9 @@ impl Ring {
     /// second send or receive on one socket.
     pub fn submit(&mut self, token: Token, operation: Operation) {
         operation.admit();
+        if let Operation::Survey { file, offset, length, extents_max } = operation {
+            return self.surveyor.submit(Survey { token, file, offset, length, extents_max });
+        }
         if operation.length() == Some(0) {
             let returned = operation.into_returned();
             self.ended.push(Completion { token, result: Ok(0), returned });
@@ -165,6 +171,7 @@ impl Ring {
             self.settle(handle, result);
         }
         self.results = results;
+        self.surveyor.collect(&mut self.ended);
         out.append(&mut self.ended);
         Ok(mem::take(&mut self.woken))
     }
