@@ -9,6 +9,7 @@
 //! go out as values, and the caller reports how they ended.
 
 pub mod apply;
+mod arena;
 mod bits;
 pub mod dirty_map;
 pub mod intent_map;

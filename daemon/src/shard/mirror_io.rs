@@ -10,7 +10,7 @@ use replicator::{Refusal, SessionEvent, SessionHandle};
 use store::{File, Operation, Payload, Returned};
 
 use super::datapath::Pending;
-use super::{GroupKey, Shard, ShardNews, monotonic, wall};
+use super::{GroupKey, Shard, ShardNews};
 use crate::group::{IoFailure, IoId, IoRequest, SessionId};
 
 /// errno of an operation that a file system does not know.
@@ -230,7 +230,7 @@ impl Shard {
         let Some(served) = self.groups.get_mut(&key) else {
             return;
         };
-        let (now, wall) = (monotonic(), wall());
+        let (now, wall) = (self.now, self.wall);
         let mut ended = Vec::new();
         let mut heard = false;
         for (session, link) in &mut served.links {
