@@ -3,12 +3,13 @@
 //! A connection is two machines, one after the other, and neither does I/O:
 //!
 //! 1. [`Handshake`] answers options until the client has chosen an export ([`HandshakeOutput::Established`]).
-//!    It is fed from where connections are accepted; deadline and connection cap are the caller's.
+//!    It is fed from where connections are accepted; deadline, connection cap and TLS itself are the caller's.
 //! 2. [`Transmission`] turns requests into [`block::HostCommand`]s, in the shard that owns the volume. Write
 //!    payloads never pass through it: it says where one begins, and the caller takes it into its own buffer.
 //!    [`ReplyStyle`] encodes the answers; read data travels beside the head.
 //!
-//! The specification is `doc/proto.md` of NetworkBlockDevice/nbd; all integers are big-endian.
+//! The specification is `doc/proto.md` of NetworkBlockDevice/nbd, with its branch `extension-ext-header` for extended
+//! headers; all integers are big-endian.
 
 mod export;
 pub mod fuzz;
@@ -23,9 +24,9 @@ mod tests;
 mod transmission;
 
 pub use export::{ExportDirectory, ExportInfo, ExportRefusal, Negotiated};
-pub use handshake::{CloseReason, Handshake, HandshakeOutput};
+pub use handshake::{CloseReason, Handshake, HandshakeOutput, TlsMode};
 pub use option_request::OptionFault;
-pub use reply::{Cookie, ERROR_REPLY_BYTES_MAX, REPLY_HEAD_BYTES_MAX, ReplyStyle, errno};
+pub use reply::{Cookie, ERROR_REPLY_BYTES_MAX, REPLY_HEAD_BYTES_MAX, ReplyStyle, STATUS_EXTENTS_MAX, errno};
 pub use request::Refusal;
 pub use transmission::{BrokenReason, Event, Parsed, Transmission};
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use frontend::nbd::{Handshake, HandshakeOutput, Negotiated};
+use frontend::nbd::{Handshake, HandshakeOutput, Negotiated, TlsMode};
 use rustix::net::sockopt;
 use store::Socket;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -148,12 +148,13 @@ async fn greet<S>(stream: &mut S, site: &Site) -> io::Result<Option<(Negotiated,
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut handshake = Handshake::new();
+    let mut handshake = Handshake::new(TlsMode::Off);
     let mut input = Vec::new();
     loop {
         while let Some(output) = handshake.poll_output() {
             match output {
                 HandshakeOutput::Send(bytes) => stream.write_all(&bytes).await?,
+                HandshakeOutput::StartTls => return Err(io::ErrorKind::Unsupported.into()),
                 HandshakeOutput::Established(negotiated) => return Ok(Some((negotiated, input.into()))),
                 HandshakeOutput::Close(reason) => {
                     tracing::debug!(%reason, "a host's handshake ended");

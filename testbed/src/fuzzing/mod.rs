@@ -46,6 +46,19 @@ pub const TARGETS: &[Target] = &[
         repair: keep,
     },
     Target {
+        name: "nbd-meta-contexts",
+        entry: frontend::nbd::fuzz::meta_contexts,
+        seeds: seeds::meta_contexts,
+        repair: keep,
+    },
+    Target {
+        name: "nbd-status-payload",
+        entry: frontend::nbd::fuzz::status_payload,
+        seeds: seeds::status_payloads,
+        repair: keep,
+    },
+    Target { name: "nbd-session", entry: frontend::nbd::fuzz::session, seeds: seeds::sessions, repair: keep },
+    Target {
         name: "journal-cut",
         entry: journal::fuzz::decode_cut,
         seeds: seeds::cuts,

@@ -10,59 +10,132 @@ use journal::{
 };
 use protocol::{Message, PROTOCOL_VERSION};
 
-/// A client's half of some handshakes; the first byte cuts the others into pieces.
+/// A client's half of some handshakes; the first byte chooses the TLS mode and cuts the others into pieces.
 pub(super) fn handshake() -> Vec<Vec<u8>> {
-    let go = [&4_u32.to_be_bytes()[..], b"disk", &0_u16.to_be_bytes()].concat();
-    let go_with_block_size = [&6_u32.to_be_bytes()[..], b"frozen", &[0, 1, 0, 3]].concat();
+    let go = [&string(b"disk")[..], &0_u16.to_be_bytes()].concat();
+    let go_with_block_size = [&string(b"frozen")[..], &[0, 1, 0, 3]].concat();
+    let select = context_option(b"disk", &[b"base:allocation", b"x-y:z"]);
     vec![
-        [&client_flags(3)[..], &option(7, &go)].concat(),
+        [&client_flags(0, 3)[..], &option(7, &go)].concat(),
         [
-            &client_flags(1)[..],
+            &client_flags(0, 1)[..],
             &option(8, &[]),
             &option(3, &[]),
             &option(6, &go_with_block_size),
             &option(7, &go_with_block_size),
         ]
         .concat(),
-        [&client_flags(3)[..], &option(10, b"\0\0\0\0"), &option(11, &[]), &option(2, &[])].concat(),
-        [&client_flags(0)[..], &option(1, b"disk")].concat(),
+        [
+            &client_flags(1, 3)[..],
+            &option(11, &[]),
+            &option(9, &context_option(b"disk", &[b"base:"])),
+            &option(10, &select),
+            &option(7, &go),
+            &extended_request(7, 8, 0, 1 << 20),
+        ]
+        .concat(),
+        [
+            &client_flags(2, 3)[..],
+            &option(6, &go),
+            &option(5, &[]),
+            &option(8, &[]),
+            &option(10, &select),
+            &option(2, &[]),
+        ]
+        .concat(),
+        [&client_flags(0, 0)[..], &option(1, b"disk")].concat(),
     ]
 }
 
-/// The byte for the pieces, then the client's flags.
-fn client_flags(flags: u32) -> Vec<u8> {
-    [&[5][..], &flags.to_be_bytes()].concat()
+/// The byte for TLS and the pieces, then the client's flags.
+fn client_flags(tls: u8, flags: u32) -> Vec<u8> {
+    [&[tls << 6 | 5][..], &flags.to_be_bytes()].concat()
 }
 
 fn option(number: u32, data: &[u8]) -> Vec<u8> {
-    let length = u32::try_from(data.len()).unwrap_or(0);
-    [b"IHAVEOPT", &number.to_be_bytes()[..], &length.to_be_bytes(), data].concat()
+    [&b"IHAVEOPT"[..], &number.to_be_bytes(), &string(data)].concat()
 }
 
-/// A client's half of some transmissions; the first byte chooses export, reply style and pieces.
+/// Data of the options on metadata contexts.
+pub(super) fn meta_contexts() -> Vec<Vec<u8>> {
+    vec![
+        context_option(b"disk", &[]),
+        context_option(b"disk", &[b"base:allocation"]),
+        context_option(b"huge", &[b"base:", b"qemu:dirty-bitmap:x", b"base:allocation"]),
+    ]
+}
+
+fn context_option(name: &[u8], queries: &[&[u8]]) -> Vec<u8> {
+    let count = u32::try_from(queries.len()).unwrap_or(0);
+    let queries: Vec<u8> = queries.iter().flat_map(|query| string(query)).collect();
+    [&string(name)[..], &count.to_be_bytes(), &queries].concat()
+}
+
+fn string(text: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(text.len()).unwrap_or(0);
+    [&length.to_be_bytes()[..], text].concat()
+}
+
+/// A client's half of some transmissions; the first byte chooses export, framing and pieces.
 pub(super) fn transmission() -> Vec<Vec<u8>> {
     let payload = [0x5a; 1024];
     let streams = [
         [&request(0, 0, 0, 4096)[..], &request(0, 4, 8192, 65536)].concat(),
         [&request(1, 1, 4096, 1024)[..], &payload, &request(3, 0, 0, 0), &request(2, 0, 0, 0)].concat(),
-        [&request(4, 0, 0, 1 << 20)[..], &request(6, 2, 512, 1 << 20), &request(6, 1, 0, 4096)].concat(),
-        [&request(1, 0, u64::MAX - 10, 16)[..], &payload[..16], &request(0, 0, 1 << 40, 1)].concat(),
+        [&request(4, 0, 0, 1 << 20)[..], &request(6, 0x12, 512, 1 << 20), &request(5, 1, 0, 4096)].concat(),
+        [&request(1, 0, u64::MAX - 10, 16)[..], &payload[..16], &request(7, 8, 0, 1 << 20)].concat(),
+        [
+            &extended_request(0, 4, 0, 4096)[..],
+            &extended_request(1, 0x20, 4096, 1024),
+            &payload,
+            &extended_request(7, 0x20, 0, 12),
+            &status_payload(1 << 20, &[1]),
+            &extended_request(6, 0x10, 0, 1 << 40),
+        ]
+        .concat(),
     ];
-    let choices = [0b1_0000, 0b1_1110, 0b11_0010, 0b111_1101];
+    let choices = [0b1_0000, 0b1_1010, 0b11_0010, 0b111_1011, 0b1_0110];
     choices.iter().zip(streams).map(|(choice, stream)| [&[*choice][..], &stream].concat()).collect()
 }
 
 fn request(command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
+    [&request_start(0x2560_9513, command, flags, offset)[..], &length.to_be_bytes()].concat()
+}
+
+fn extended_request(command: u16, flags: u16, offset: u64, length: u64) -> Vec<u8> {
+    [&request_start(0x21e4_1c71, command, flags, offset)[..], &length.to_be_bytes()].concat()
+}
+
+fn request_start(magic: u32, command: u16, flags: u16, offset: u64) -> Vec<u8> {
     let cookie = 0x1122_3344_5566_7788_u64;
     [
-        &0x2560_9513_u32.to_be_bytes()[..],
+        &magic.to_be_bytes()[..],
         &flags.to_be_bytes(),
         &command.to_be_bytes(),
         &cookie.to_be_bytes(),
         &offset.to_be_bytes(),
-        &length.to_be_bytes(),
     ]
     .concat()
+}
+
+/// Payloads of status requests.
+pub(super) fn status_payloads() -> Vec<Vec<u8>> {
+    [&[1_u32][..], &[], &[1, 1], &[2]].map(|contexts| status_payload(1 << 16, contexts)).into()
+}
+
+fn status_payload(length: u64, contexts: &[u32]) -> Vec<u8> {
+    let contexts: Vec<u8> = contexts.iter().flat_map(|context| context.to_be_bytes()).collect();
+    [&length.to_be_bytes()[..], &contexts].concat()
+}
+
+/// Bytes that choose what a client does; any are good, and long ones do much.
+pub(super) fn sessions() -> Vec<Vec<u8>> {
+    (0..8)
+        .map(|seed| {
+            let mut random = crate::harness::Random::new(seed);
+            (0..400).map(|_| random.next().to_le_bytes()[0]).collect()
+        })
+        .collect()
 }
 
 const MIRROR: MirrorId = MirrorId::from_bytes([2; 16]);

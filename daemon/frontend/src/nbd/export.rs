@@ -7,9 +7,12 @@ use super::layout::transmission_flag as flag;
 
 /// The exports that a host may see; the caller's view of its volumes.
 ///
+/// It is asked for one connection, whose caller knows who the client is and whether TLS is up; so it may hide, refuse
+/// and make read-only what it wants.
+///
 /// The handshake asks anew for each option, so that what it answers is never older than the option.
 pub trait ExportDirectory {
-    /// The names of all exports, also of those that are not presented at this moment.
+    /// The names of the exports that this client may know of, also of those that are not presented at this moment.
     fn list(&self) -> Vec<String>;
 
     /// The export of this name, which is never empty.
@@ -44,6 +47,15 @@ pub enum ExportRefusal {
         /// One sentence for the client's user.
         reason: String,
     },
+    /// It is served over TLS only, and the connection is in clear text.
+    #[error("the export is served over TLS only")]
+    TlsRequired,
+    /// This client may not open it.
+    #[error("{reason}")]
+    Denied {
+        /// One sentence for the client's user.
+        reason: String,
+    },
 }
 
 /// What a handshake agreed on: all that the transmission phase needs to know.
@@ -57,8 +69,10 @@ pub struct Negotiated {
     pub size: ByteCount,
     /// True if commands that change content are refused.
     pub read_only: bool,
-    /// How replies are framed.
+    /// How requests and replies are framed.
     pub reply_style: ReplyStyle,
+    /// True if the client selected the context `base:allocation` for this export, and so may ask for its status.
+    pub base_allocation: bool,
 }
 
 /// The export of `name`, and its name; an empty name means the only export, if there is exactly one.
@@ -83,12 +97,18 @@ pub(super) fn resolve(
 ///
 /// All connections to a volume share one engine, so a flush on one covers what any other was answered before:
 /// CAN_MULTI_CONN always holds.
-pub(super) const fn transmission_flags(read_only: bool, style: ReplyStyle) -> u16 {
-    let common = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::CAN_MULTI_CONN;
-    let change = if read_only { flag::READ_ONLY } else { flag::SEND_TRIM | flag::SEND_WRITE_ZEROES };
-    let fragment = match style {
-        ReplyStyle::Simple => 0,
-        ReplyStyle::Structured => flag::SEND_DF,
+pub(super) const fn transmission_flags(read_only: bool, style: ReplyStyle, base_allocation: bool) -> u16 {
+    let common =
+        flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::CAN_MULTI_CONN | flag::SEND_CACHE;
+    let change = if read_only {
+        flag::READ_ONLY
+    } else {
+        flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO
     };
-    common | change | fragment
+    let framing = match (style, base_allocation) {
+        (ReplyStyle::Simple, _) => 0,
+        (ReplyStyle::Structured, _) | (ReplyStyle::Extended, false) => flag::SEND_DF,
+        (ReplyStyle::Extended, true) => flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD,
+    };
+    common | change | framing
 }

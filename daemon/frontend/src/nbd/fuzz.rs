@@ -1,30 +1,42 @@
 //! Entry points for fuzz targets: each takes any bytes and must not panic, stay within its bounds, and come to the
 //! same outcome however the bytes are cut into pieces.
+//!
+//! [`session`] goes further: the bytes choose what a client does, and every answer is compared with what a naive model
+//! of the specification expects.
+
+pub(super) mod client;
+mod exports;
+mod model;
+mod run;
+mod script;
+mod session;
 
 use block::{ByteCount, HostCommand, VolumeId};
 
-use super::{
-    Event, ExportDirectory, ExportInfo, ExportRefusal, Handshake, HandshakeOutput, Negotiated,
-    OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX, ReplyStyle, Transmission,
-};
+use self::client::{Reader, Request, export_request, option};
+#[cfg(test)]
+pub(super) use self::exports::Exports;
+use self::exports::SMALL_BYTES;
+pub(super) use self::run::{connect, transmit};
+pub use self::session::session;
+use super::{Event, HandshakeOutput, Negotiated, ReplyStyle, TlsMode};
 
-/// The size of the exports that fuzzing meets: small, so that offsets near the end come up.
-const EXPORT_BYTES: u64 = 1 << 20;
-
-/// A whole connection: the first byte says how the others are cut.
+/// A whole connection: the first byte says how the others are cut, and the TLS mode.
 ///
 /// # Panics
 /// If a property does not hold: that is what the fuzzer looks for.
 pub fn handshake(data: &[u8]) {
-    let Some((&cut, stream)) = data.split_first() else {
+    let Some((&choice, stream)) = data.split_first() else {
         return;
     };
-    let whole = connect(stream, stream.len());
-    let pieces = connect(stream, usize::from(cut));
+    let tls = [TlsMode::Off, TlsMode::Optional, TlsMode::Required, TlsMode::Optional];
+    let tls = tls.get(usize::from(choice >> 6)).copied().unwrap_or(TlsMode::Off);
+    let whole = connect(tls, stream, stream.len());
+    let pieces = connect(tls, stream, usize::from(choice & 0x3f));
     assert_eq!(whole, pieces, "cuts do not change the outcome");
 }
 
-/// The transmission phase: the first byte chooses the export and the cuts of the others.
+/// The transmission phase: the first byte chooses the export, the framing and the cuts of the others.
 ///
 /// # Panics
 /// If a property does not hold: that is what the fuzzer looks for.
@@ -32,129 +44,99 @@ pub fn transmission(data: &[u8]) {
     let Some((&choice, stream)) = data.split_first() else {
         return;
     };
-    let negotiated = Negotiated {
-        name: String::new(),
-        volume: VolumeId::default(),
-        size: ByteCount(EXPORT_BYTES),
-        read_only: choice & 1 != 0,
-        reply_style: if choice & 2 == 0 { ReplyStyle::Simple } else { ReplyStyle::Structured },
+    let (reply_style, base_allocation) = match choice >> 1 & 3 {
+        0 => (ReplyStyle::Simple, false),
+        1 => (ReplyStyle::Structured, true),
+        2 => (ReplyStyle::Extended, false),
+        _ => (ReplyStyle::Extended, true),
     };
+    let negotiated = Negotiated { read_only: choice & 1 != 0, ..small(reply_style, base_allocation) };
     let whole = transmit(&negotiated, stream, stream.len());
-    let pieces = transmit(&negotiated, stream, usize::from(choice >> 2));
+    let pieces = transmit(&negotiated, stream, usize::from(choice >> 3));
     assert_eq!(whole, pieces, "cuts do not change the outcome");
 }
 
-/// Three exports: one to write, one to read, and one that is not presented.
-#[derive(Debug)]
-pub(super) struct Exports;
-
-impl ExportDirectory for Exports {
-    fn list(&self) -> Vec<String> {
-        ["disk", "frozen", "replica"].map(str::to_owned).into()
+/// The payload of a status request: it is served or refused, and in either case consumed.
+///
+/// # Panics
+/// If a property does not hold: that is what the fuzzer looks for.
+pub fn status_payload(payload: &[u8]) {
+    let length = u64::try_from(payload.len()).unwrap_or(u64::MAX);
+    let status = Request { flags: 1 << 5, kind: 7, cookie: 1, offset: 512, length };
+    let flush = Request { flags: 0, kind: 3, cookie: 2, offset: 0, length: 0 };
+    let stream = [&status.encode_extended()[..], payload, &flush.encode_extended()].concat();
+    let mut reader = Reader(payload);
+    let effect = (reader.try_number(8), reader.try_number(4), reader.try_number(1));
+    let served = matches!(effect, (Some(length), Some(1), None)
+        if payload.len() == 12 && (1..=SMALL_BYTES - 512).contains(&length));
+    for cut in [1, 7, stream.len()] {
+        let events = transmit(&small(ReplyStyle::Extended, true), &stream, cut);
+        match events.as_slice() {
+            [status, Event::Request { command: HostCommand::Flush, .. }] => {
+                let is_status = matches!(status, Event::Request { command: HostCommand::Status { range, .. }, .. }
+                    if effect.0 == Some(range.length()));
+                assert!(is_status == served, "{status:?}");
+                assert!(is_status || matches!(status, Event::Refused { .. }), "{status:?}");
+            }
+            other => unreachable!("the payload was not consumed: {other:?}"),
+        }
     }
+}
 
-    fn find(&self, name: &str) -> Result<ExportInfo, ExportRefusal> {
-        assert!(!name.is_empty(), "the default export is resolved before");
-        let export = |read_only| ExportInfo {
-            volume: VolumeId::from_bytes([u8::from(read_only); 16]),
-            size: ByteCount(EXPORT_BYTES),
-            read_only,
-            description: Some("a disk".to_owned()),
+/// The data of SET_META_CONTEXT: what it selects is what a naive reader of it finds.
+///
+/// # Panics
+/// If a property does not hold: that is what the fuzzer looks for.
+pub fn meta_contexts(data: &[u8]) {
+    let stream = [
+        &[0, 0, 0, 3][..],
+        &option(8, b""),
+        &option(10, data),
+        &option(9, data),
+        &option(7, &export_request("disk", &[])),
+    ]
+    .concat();
+    let expected = (data.len() <= 64 << 10).then(|| naive_contexts(data)).flatten();
+    for cut in [61, stream.len()] {
+        let outputs = connect(TlsMode::Off, &stream, cut).handshake;
+        let Some(HandshakeOutput::Established(negotiated)) = outputs.last() else {
+            unreachable!("the option spoils the connection: {outputs:?}");
         };
-        match name {
-            "disk" => Ok(export(false)),
-            "frozen" => Ok(export(true)),
-            "replica" => {
-                Err(ExportRefusal::NotPresented { reason: "volume 'replica' is a secondary".to_owned() })
-            }
-            _ => Err(ExportRefusal::Unknown),
-        }
+        let selected = expected.as_ref().is_some_and(|(name, queries)| {
+            name == "disk" && queries.iter().any(|query| query == "base:allocation")
+        });
+        assert_eq!(negotiated.base_allocation, selected, "{expected:?}");
     }
 }
 
-/// What a whole connection came to: everything of both phases.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Outcome {
-    pub(super) handshake: Vec<HandshakeOutput>,
-    pub(super) events: Vec<Event>,
-}
-
-/// Runs both phases over `stream`, given in pieces of at most `cut` bytes.
-pub(super) fn connect(stream: &[u8], cut: usize) -> Outcome {
-    let mut machine = Handshake::new();
-    let mut outputs = Vec::new();
-    let mut rest = stream;
-    loop {
-        let before = outputs.len();
-        while let Some(output) = machine.poll_output() {
-            outputs.push(output);
-        }
-        match outputs.last() {
-            Some(HandshakeOutput::Established(negotiated)) => {
-                let events = transmit(negotiated, rest, cut);
-                return Outcome { handshake: outputs, events };
-            }
-            Some(HandshakeOutput::Send(_)) if !rest.is_empty() => {}
-            Some(_) | None => {
-                return Outcome { handshake: outputs, events: Vec::new() };
-            }
-        }
-        let consumed = machine.handle_input(piece(stream, rest, cut), &Exports);
-        let is_first = outputs.len() == 1;
-        assert!(consumed > 0 || is_first || outputs.len() > before, "it never stalls");
-        assert!(machine.buffered() <= OPTION_BYTES_MAX, "memory is bounded");
-        rest = rest.get(consumed..).unwrap_or_default();
+/// Export name and queries, if the data is well-formed.
+fn naive_contexts(data: &[u8]) -> Option<(String, Vec<String>)> {
+    fn string(reader: &mut Reader<'_>) -> Option<String> {
+        let length = reader.try_number(4)?;
+        String::from_utf8(reader.try_take(length)?.to_vec()).ok()
     }
-}
-
-/// Runs the transmission phase over `stream`, given in pieces of at most `cut` bytes, and drops payloads.
-pub(super) fn transmit(negotiated: &Negotiated, stream: &[u8], cut: usize) -> Vec<Event> {
-    let mut machine = Transmission::new(negotiated);
-    let mut events = Vec::new();
-    let mut rest = stream;
-    while !rest.is_empty() {
-        let input = piece(stream, rest, cut);
-        let parsed = machine.parse(input);
-        assert!(parsed.consumed <= input.len(), "no more than there is");
-        rest = rest.get(parsed.consumed..).unwrap_or_default();
-        match parsed.event {
-            Event::NeedMore => assert_eq!(parsed.consumed, input.len(), "more is needed after all input"),
-            Event::WritePayload { command, length, .. } => {
-                check_command(negotiated, command, u64::from(length));
-                rest =
-                    usize::try_from(length).map_or(&[][..], |length| rest.get(length..).unwrap_or_default());
-                events.push(parsed.event);
-            }
-            Event::Request { command, .. } => {
-                let length = command.range().map_or(0, block::ByteRange::length);
-                check_command(negotiated, command, length);
-                events.push(parsed.event);
-            }
-            Event::Served { .. } | Event::Refused { .. } => events.push(parsed.event),
-            Event::Disconnect | Event::Broken(_) => {
-                events.push(parsed.event);
-                return events;
-            }
-        }
+    let mut reader = Reader(data);
+    let name = string(&mut reader)?;
+    let count = reader.try_number(4)?;
+    let mut queries = Vec::new();
+    for _ in 0..count {
+        queries.push(string(&mut reader)?);
     }
-    events
+    let is_string = |text: &String| text.len() <= 4096 && !text.contains('\0');
+    let has_namespace = |query: &String| query.find(':').is_some_and(|at| at > 0);
+    let is_good = reader.0.is_empty()
+        && is_string(&name)
+        && queries.iter().all(|query| is_string(query) && has_namespace(query));
+    is_good.then_some((name, queries))
 }
 
-/// What every command that leaves the machine promises.
-fn check_command(negotiated: &Negotiated, command: HostCommand, length: u64) {
-    assert!(!(negotiated.read_only && command.changes_content()), "read-only is kept");
-    if let Some(range) = command.range() {
-        assert!(range.end() <= negotiated.size.0, "the command lies in the export");
-        assert!(!range.is_empty() && range.length() == length, "the range is the payload's");
+fn small(reply_style: ReplyStyle, base_allocation: bool) -> Negotiated {
+    Negotiated {
+        name: "disk".to_owned(),
+        volume: VolumeId::default(),
+        size: ByteCount(SMALL_BYTES),
+        read_only: false,
+        reply_style,
+        base_allocation,
     }
-    let has_payload = matches!(command, HostCommand::Read { .. } | HostCommand::Write { .. });
-    assert!(!has_payload || length <= u64::from(PAYLOAD_BYTES_MAX), "the payload is bounded");
-}
-
-/// What is left of the piece that `rest`, the end of `stream`, starts in: pieces arrive in multiples of `cut` bytes,
-/// wherever the machines stand.
-fn piece<'stream>(stream: &[u8], rest: &'stream [u8], cut: usize) -> &'stream [u8] {
-    let cut = cut.max(1);
-    let arrived = cut - (stream.len() - rest.len()) % cut;
-    rest.get(..arrived).unwrap_or(rest)
 }

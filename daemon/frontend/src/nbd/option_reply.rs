@@ -38,6 +38,11 @@ impl OptionReplies {
         self.put(option_reply::SERVER, &[&length(name.len()).to_be_bytes(), name.as_bytes()]);
     }
 
+    /// One metadata context of a list (identity 0) or of a selection.
+    pub(super) fn meta_context(&mut self, identity: u32, name: &str) {
+        self.put(option_reply::META_CONTEXT, &[&identity.to_be_bytes(), name.as_bytes()]);
+    }
+
     pub(super) fn info_export(&mut self, export: &ExportInfo, flags: u16) {
         let layout =
             InfoExport { kind: info::EXPORT.into(), size: export.size.0.into(), flags: flags.into() };

@@ -1,7 +1,7 @@
 //! The data of a client's options: text and numbers from outside, parsed or refused.
 
 use super::STRING_BYTES_MAX;
-use super::layout::{info, option};
+use super::layout::{context, info, option};
 
 /// The options by what the server does with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -9,9 +9,13 @@ pub(super) enum OptionKind {
     ExportName,
     Abort,
     List,
+    StartTls,
     Info,
     Go,
     StructuredReply,
+    ListMetaContext,
+    SetMetaContext,
+    ExtendedHeaders,
     /// Consumed and answered with ERR_UNSUP.
     Unserved,
 }
@@ -22,9 +26,13 @@ impl OptionKind {
             option::EXPORT_NAME => Self::ExportName,
             option::ABORT => Self::Abort,
             option::LIST => Self::List,
+            option::STARTTLS => Self::StartTls,
             option::INFO => Self::Info,
             option::GO => Self::Go,
             option::STRUCTURED_REPLY => Self::StructuredReply,
+            option::LIST_META_CONTEXT => Self::ListMetaContext,
+            option::SET_META_CONTEXT => Self::SetMetaContext,
+            option::EXTENDED_HEADERS => Self::ExtendedHeaders,
             _ => Self::Unserved,
         }
     }
@@ -32,8 +40,27 @@ impl OptionKind {
     /// True if the option's data decides the answer; other data is dropped as it comes.
     pub(super) const fn reads_data(self) -> bool {
         match self {
-            Self::ExportName | Self::Info | Self::Go => true,
-            Self::Abort | Self::List | Self::StructuredReply | Self::Unserved => false,
+            Self::ExportName | Self::Info | Self::Go | Self::ListMetaContext | Self::SetMetaContext => true,
+            Self::Abort
+            | Self::List
+            | Self::StartTls
+            | Self::StructuredReply
+            | Self::ExtendedHeaders
+            | Self::Unserved => false,
+        }
+    }
+
+    /// True if the option must come without data.
+    pub(super) const fn refuses_data(self) -> bool {
+        match self {
+            Self::List | Self::StartTls | Self::StructuredReply | Self::ExtendedHeaders => true,
+            Self::ExportName
+            | Self::Abort
+            | Self::Info
+            | Self::Go
+            | Self::ListMetaContext
+            | Self::SetMetaContext
+            | Self::Unserved => false,
         }
     }
 }
@@ -53,6 +80,9 @@ pub enum OptionFault {
     /// The export name is not UTF-8, or has a NUL.
     #[error("the export name is not UTF-8 text")]
     NameNotText,
+    /// A query for metadata contexts is longer than the protocol allows, is not UTF-8, has a NUL or lacks the colon.
+    #[error("a query is not of the form namespace:leaf")]
+    Query,
 }
 
 /// Which pieces of information a client asked for; unknown ones are ignored, as the specification has it.
@@ -70,10 +100,20 @@ pub(super) struct ExportRequest<'data> {
     pub(super) wanted: WantedInfo,
 }
 
+/// The data of LIST_META_CONTEXT and SET_META_CONTEXT, by what matters of its queries: there is one context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ContextRequest<'data> {
+    pub(super) name: &'data str,
+    /// No query at all: a list then names everything.
+    pub(super) is_bare: bool,
+    /// A query names `base:allocation`.
+    pub(super) exact: bool,
+    /// A query names all of `base:`.
+    pub(super) wildcard: bool,
+}
+
 pub(super) fn parse_export_request(data: &[u8]) -> Result<ExportRequest<'_>, OptionFault> {
-    let (name_length, rest) = data.split_first_chunk::<4>().ok_or(OptionFault::Lengths)?;
-    let name_length = usize::try_from(u32::from_be_bytes(*name_length)).map_err(|_| OptionFault::Lengths)?;
-    let (name, rest) = rest.split_at_checked(name_length).ok_or(OptionFault::Lengths)?;
+    let (name, rest) = split_string(data)?;
     let (count, requests) = rest.split_first_chunk::<2>().ok_or(OptionFault::Lengths)?;
     let (requests, odd) = requests.as_chunks::<2>();
     if !odd.is_empty() || usize::from(u16::from_be_bytes(*count)) != requests.len() {
@@ -90,6 +130,43 @@ pub(super) fn parse_export_request(data: &[u8]) -> Result<ExportRequest<'_>, Opt
     }
     let name = parse_name(name)?;
     Ok(ExportRequest { name, wanted })
+}
+
+pub(super) fn parse_context_request(data: &[u8]) -> Result<ContextRequest<'_>, OptionFault> {
+    let (name, rest) = split_string(data)?;
+    let (count, mut rest) = rest.split_first_chunk::<4>().ok_or(OptionFault::Lengths)?;
+    let count = u32::from_be_bytes(*count);
+    let (mut exact, mut wildcard, mut is_text) = (false, false, true);
+    // Each query takes four bytes at least, so the data's length bounds the loop, whatever the count says.
+    for _ in 0..count {
+        let (query, behind) = split_string(rest)?;
+        rest = behind;
+        is_text &= is_query(query);
+        exact |= query == context::BASE_ALLOCATION.as_bytes();
+        wildcard |= query == context::BASE_ALL.as_bytes();
+    }
+    if !rest.is_empty() {
+        return Err(OptionFault::Lengths);
+    }
+    if !is_text {
+        return Err(OptionFault::Query);
+    }
+    let name = parse_name(name)?;
+    Ok(ContextRequest { name, is_bare: count == 0, exact, wildcard })
+}
+
+/// A string with its length before it, and what follows.
+fn split_string(data: &[u8]) -> Result<(&[u8], &[u8]), OptionFault> {
+    let (length, rest) = data.split_first_chunk::<4>().ok_or(OptionFault::Lengths)?;
+    let length = usize::try_from(u32::from_be_bytes(*length)).map_err(|_| OptionFault::Lengths)?;
+    rest.split_at_checked(length).ok_or(OptionFault::Lengths)
+}
+
+/// True if the query has a namespace; which leaves a namespace knows is its own affair.
+fn is_query(query: &[u8]) -> bool {
+    let text = str::from_utf8(query).unwrap_or_default();
+    let namespace = text.split_once(':').map_or("", |(namespace, _)| namespace);
+    query.len() <= STRING_BYTES_MAX && !namespace.is_empty() && !text.contains('\0')
 }
 
 pub(super) fn parse_name(data: &[u8]) -> Result<&str, OptionFault> {

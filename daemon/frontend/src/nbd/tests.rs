@@ -1,6 +1,5 @@
 //! Tests of the whole server side against a client's view of the protocol.
 
-mod client;
 mod handshake;
 mod replies;
 mod session;
