@@ -3,15 +3,15 @@
 //! A small write's payload is copied once, from the receive buffer to its own aligned buffer; the rest of a larger one
 //! is received straight into it. A connection that has too much on its way is not read from: that is the back-pressure.
 
-use block::{HostCommand, VolumeId, VolumeIndex};
+use block::{ByteRange, Extent, HostCommand, VolumeId, VolumeIndex};
 use bytes::Bytes;
-use frontend::nbd::{Cookie, Event, Negotiated, Transmission};
+use frontend::nbd::{Cookie, Event, Negotiated, ReplyStyle, Transmission};
 use store::{Buffer, Operation, Payload, Socket};
 
 use super::datapath::Pending;
 use super::output::Output;
 use super::requests::{HostPayload, Parts, Request};
-use super::{GroupKey, Shard};
+use super::{GroupKey, Shard, holes};
 
 /// Bytes received at once.
 const RECEIVE_BYTES: usize = 64 << 10;
@@ -373,10 +373,15 @@ impl Shard {
         let style = connection.transmission.reply_style();
         let output = &mut connection.output;
         match (result, request.command) {
-            (Err(error), _) => style.put_error(output.heads(), request.cookie, error, ""),
+            (Err(error), _) => style.put_error(output.heads(), request.cookie, error, &error.to_string()),
             (Ok(()), HostCommand::Read { range }) => {
-                style.put_read_head(output.heads(), request.cookie, range);
-                parts.into_ordered().for_each(|(_, data)| output.push_data(data));
+                let hidden = put_read(output, style, request.cookie, range, parts);
+                self.release_memory(Some(id), hidden);
+            }
+            (Ok(()), HostCommand::Status { range, .. }) => {
+                let unknown = [Extent { length: range.length(), zero: false }];
+                let known = if request.extents.is_empty() { &unknown[..] } else { &request.extents[..] };
+                style.put_status(output.heads(), request.cookie, known);
             }
             (
                 Ok(()),
@@ -384,8 +389,7 @@ impl Shard {
                 | HostCommand::Flush
                 | HostCommand::Trim { .. }
                 | HostCommand::WriteZeroes { .. }
-                | HostCommand::Cache { .. }
-                | HostCommand::Status { .. },
+                | HostCommand::Cache { .. },
             ) => style.put_success(output.heads(), request.cookie),
         }
         self.flushing.insert(id);
@@ -494,6 +498,27 @@ impl Shard {
             self.close(id);
         }
     }
+}
+
+/// Appends the answer to a read; returns how many of its bytes are not sent, being zeros.
+fn put_read(output: &mut Output, style: ReplyStyle, cookie: Cookie, range: ByteRange, parts: Parts) -> usize {
+    if !style.may_fragment(cookie) || !holes::has_zeros(&parts) {
+        style.put_read_head(output.heads(), cookie, range);
+        parts.into_ordered().for_each(|(_, data)| output.push_data(data));
+        return 0;
+    }
+    let mut hidden = 0;
+    for (piece, content) in holes::cut(range, parts) {
+        let last = piece.end() == range.end();
+        if let Some(data) = content {
+            style.put_read_data_head(output.heads(), cookie, piece, last);
+            output.push_data(data);
+        } else {
+            style.put_read_hole(output.heads(), cookie, piece, last);
+            hidden += usize::try_from(piece.length()).unwrap_or(usize::MAX);
+        }
+    }
+    hidden
 }
 
 /// Bytes that a command holds while it is on its way.

@@ -7,6 +7,7 @@ mod clock;
 mod command;
 mod connection;
 mod datapath;
+mod holes;
 mod meters;
 mod mirror_io;
 mod output;

@@ -52,6 +52,11 @@ impl Parts {
         }
     }
 
+    /// The pieces as they came.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &(u64, Bytes)> {
+        self.first.iter().chain(&self.others)
+    }
+
     /// The pieces in ascending order.
     pub(super) fn into_ordered(mut self) -> impl Iterator<Item = (u64, Bytes)> {
         if let (Some(first), false) = (&mut self.first, self.others.is_empty()) {
