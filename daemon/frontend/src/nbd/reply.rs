@@ -37,7 +37,7 @@ pub struct Cookie {
 
 /// How the requests and replies of a connection are framed.
 ///
-/// All methods append to `out`, which must have room or grow; they allocate nothing else.
+/// All methods append to `out`, which must have room or grow. A status takes up to 40 bytes and 16 for each extent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReplyStyle {
     /// 28-byte requests, 16-byte simple replies.
