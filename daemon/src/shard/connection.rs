@@ -5,9 +5,12 @@
 
 use block::{ByteRange, Extent, HostCommand, VolumeId, VolumeIndex};
 use bytes::Bytes;
-use frontend::nbd::{Cookie, Event, Negotiated, ReplyStyle, Transmission};
+use control::{Peer, VolumeAccess};
+use frontend::nbd::{Cookie, Event, ReplyStyle, Transmission};
 use store::{Buffer, Operation, Payload, Socket};
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::command::HostConnection;
 use super::datapath::Pending;
 use super::output::Output;
 use super::requests::{HostPayload, Parts, Request};
@@ -75,6 +78,10 @@ pub(super) struct Connection {
     /// Closes as soon as its commands are answered.
     ending: bool,
     closed: bool,
+    /// Its host, and whether it was let in to read only.
+    peer: Peer,
+    read_only: bool,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Connection {
@@ -85,14 +92,13 @@ impl Connection {
 }
 
 impl Shard {
-    pub(super) fn connect(
-        &mut self,
-        key: GroupKey,
-        volume: VolumeId,
-        socket: Socket,
-        negotiated: &Negotiated,
-        early: &Bytes,
-    ) {
+    pub(super) fn connect(&mut self, key: GroupKey, volume: VolumeId, connection: HostConnection) {
+        let HostConnection { socket, tls, peer, negotiated, early, place } = connection;
+        if tls.is_some() {
+            // Not served yet; in clear text it must not be.
+            let _ = socket.shutdown();
+            return;
+        }
         let index = self.volume_index(key, volume);
         let served = self.groups.get_mut(&key).filter(|served| served.group.is_presented());
         let (Some(index), Some(served)) = (index, served) else {
@@ -103,13 +109,13 @@ impl Shard {
         let mut input = self.pool.take_over(RECEIVE_BYTES.max(early.len()));
         let parsed = early.len();
         if let Some(start) = input.get_mut(..parsed) {
-            start.copy_from_slice(early);
+            start.copy_from_slice(&early);
         }
         let id = ConnectionId(self.connections.insert(Connection {
             key,
             volume: index,
             socket,
-            transmission: Transmission::new(negotiated),
+            transmission: Transmission::new(&negotiated),
             intake: Intake::Paused,
             input: Some(input),
             unparsed: 0..parsed,
@@ -121,6 +127,9 @@ impl Shard {
             output: Output::default(),
             ending: false,
             closed: false,
+            peer,
+            read_only: negotiated.read_only,
+            _place: place,
         }));
         served.connections.insert(id);
         self.parse(id);
@@ -481,6 +490,25 @@ impl Shard {
                 connection.ending = true;
                 self.flushing.insert(id);
             }
+        }
+    }
+
+    /// Closes the connections to a volume whose hosts may not have them any more.
+    pub(super) fn apply_access(&mut self, key: GroupKey, volume: VolumeId, access: &VolumeAccess) {
+        let (Some(index), Some(served)) = (self.volume_index(key, volume), self.groups.get(&key)) else {
+            return;
+        };
+        let lost = |id: &&ConnectionId| {
+            self.connections.get(id.0).is_some_and(|connection| {
+                connection.volume == index && !access.permits(&connection.peer, connection.read_only)
+            })
+        };
+        let lost: Vec<ConnectionId> = served.connections.iter().filter(lost).copied().collect();
+        if !lost.is_empty() {
+            tracing::info!(count = lost.len(), "host connections are closed: their access was taken back");
+        }
+        for id in lost {
+            self.close(id);
         }
     }
 

@@ -13,6 +13,7 @@ mod mirror_io;
 mod output;
 mod requests;
 mod sealing;
+mod tls;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -32,9 +33,10 @@ use crate::group::{CleanState, Group};
 
 pub use clock::{monotonic, wall};
 pub use command::{
-    GroupKey, GroupSnapshot, GroupStart, MirroredStart, RedoFiles, ShardCommand, ShardHandle, ShardNews,
-    Verb, VerbResult, VolumeFiles,
+    GroupKey, GroupSnapshot, GroupStart, HostConnection, MirroredStart, RedoFiles, ShardCommand, ShardHandle,
+    ShardNews, Verb, VerbResult, VolumeFiles,
 };
+pub use tls::{Progress, TlsError, TlsSession};
 
 use connection::{Connection, ConnectionId};
 use datapath::Pending;
@@ -355,8 +357,12 @@ impl Shard {
                     volume.files.cipher = Some(cipher);
                 }
             }),
-            ShardCommand::Connect { key, volume, socket, negotiated, early } => {
-                self.connect(key, volume, socket, &negotiated, &early);
+            ShardCommand::Connect { key, volume, connection } => self.connect(key, volume, *connection),
+            ShardCommand::Access { key, volume, access } => self.apply_access(key, volume, &access),
+            ShardCommand::Resize { key, volume, size, limit } => {
+                if let Some(index) = self.volume_index(key, volume) {
+                    self.with_group(key, |served, _| served.group.resize(index, size, limit));
+                }
             }
             ShardCommand::Dialed { key, session } => self.dialed(key, session),
             ShardCommand::Greeted { key, session, hello } => self.greeted(key, session, hello),
