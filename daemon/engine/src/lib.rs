@@ -9,6 +9,7 @@
 //! go out as values, and the caller reports how they ended.
 
 pub mod apply;
+mod arena;
 mod bits;
 pub mod dirty_map;
 pub mod intent_map;
@@ -31,3 +32,7 @@ pub struct StepId(pub u64);
 /// Shorter trims are not worth it: unwritten extents make later writes dearer, and ZERO_RANGE disturbs the
 /// I/O next to it.
 pub const STEP_BYTES_MAX: u64 = 1 << 20;
+
+/// The longest range of one ZERO_RANGE step. It moves no data, and each waits for the file's I/O in flight: a trim of
+/// 1 TiB in steps of 1 MiB would outlast a client's patience, and a much longer step would hold up its neighbours.
+pub const ZERO_STEP_BYTES_MAX: u64 = 64 << 20;

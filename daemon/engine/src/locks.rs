@@ -59,6 +59,10 @@ impl RangeLocks {
         assert!(!range.is_empty(), "a lock covers at least one byte");
         let range = range.unit_outward();
         let blockers = self.blockers(range, kind);
+        if kind == LockKind::Read && blockers.is_empty() {
+            // Nothing ever waits for a read, so one that has its lock needs no entry.
+            return Acquired::Granted;
+        }
         for blocker in &blockers {
             if let Some(entry) = self.entries.get_mut(blocker) {
                 entry.waiters.push(step);
@@ -78,9 +82,13 @@ impl RangeLocks {
     /// Gives a lock up, held or queued; returns the locks that are granted by it, in the order of asking.
     ///
     /// # Panics
-    /// If `step` has no entry.
-    pub fn release(&mut self, step: StepId) -> Vec<StepId> {
-        let entry = self.entries.remove(&step).expect("a lock that was asked for");
+    /// If `step` did not ask for a lock other than a read's.
+    pub fn release(&mut self, step: StepId, kind: LockKind) -> Vec<StepId> {
+        let Some(entry) = self.entries.remove(&step) else {
+            assert!(kind == LockKind::Read, "{step:?} asked for no lock");
+            return Vec::new();
+        };
+        assert!(entry.kind == kind, "{step:?} asked for another lock");
         if entry.kind != LockKind::Read {
             self.exclusive.remove(&(entry.range.offset(), step));
         }
@@ -98,12 +106,12 @@ impl RangeLocks {
         granted
     }
 
-    /// The number of locks held or waited for.
+    /// The number of locks held or waited for, without reads that hold theirs.
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// True if no lock is held or waited for.
+    /// True if `len` is 0.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
@@ -184,8 +192,8 @@ mod tests {
                     let granted = locks.acquire(StepId(number), range, kind) == Acquired::Granted;
                     prop_assert_eq!(granted, model.acquire(StepId(number), range, kind));
                 } else {
-                    let step = model.0[pick.index(model.0.len())].0;
-                    prop_assert_eq!(locks.release(step), model.release(step));
+                    let (step, _, kind, _) = model.0[pick.index(model.0.len())];
+                    prop_assert_eq!(locks.release(step, kind), model.release(step));
                 }
                 let held: Vec<_> = model.0.iter().filter(|entry| entry.2 != LockKind::Read && model.granted(entry.0)).collect();
                 for (index, one) in held.iter().enumerate() {
@@ -193,9 +201,9 @@ mod tests {
                 }
             }
             while let Some(entry) = model.0.first() {
-                let step = entry.0;
+                let (step, kind) = (entry.0, entry.2);
                 prop_assert!(model.granted(step), "the oldest is always granted");
-                prop_assert_eq!(locks.release(step), model.release(step));
+                prop_assert_eq!(locks.release(step, kind), model.release(step));
             }
             prop_assert!(locks.is_empty());
         }
@@ -211,7 +219,7 @@ mod tests {
         assert_eq!(locks.acquire(StepId(4), at(12_000, 10), LockKind::Read), Acquired::Queued);
         assert_eq!(locks.acquire(StepId(5), at(0, 16_384), LockKind::ExclusivePartial), Acquired::Queued);
         assert_eq!(locks.acquire(StepId(6), at(0, 1), LockKind::Read), Acquired::Granted);
-        assert_eq!(locks.release(StepId(3)), [StepId(4)]);
-        assert_eq!(locks.release(StepId(1)), [StepId(5)]);
+        assert_eq!(locks.release(StepId(3), LockKind::ExclusivePartial), [StepId(4)]);
+        assert_eq!(locks.release(StepId(1), LockKind::Exclusive), [StepId(5)]);
     }
 }

@@ -30,6 +30,7 @@ use block::{
 
 pub use self::effect::{Content, Effect};
 use self::split::{Splitter, Task};
+use crate::arena::Arena;
 use crate::locks::{Acquired, RangeLocks};
 use crate::qos::{self, Limiter};
 use crate::{CommandId, STEP_BYTES_MAX, StepId};
@@ -61,8 +62,7 @@ pub struct Volume {
     /// Commands that wait for tokens.
     queue: VecDeque<(CommandId, HostCommand)>,
     commands: BTreeMap<CommandId, Running>,
-    steps: BTreeMap<StepId, Step>,
-    next_step: StepId,
+    steps: Arena<Step>,
     locks: RangeLocks,
     /// Steps whose lock was granted and that have not started.
     granted: VecDeque<StepId>,
@@ -98,6 +98,7 @@ enum Stage {
     Admit,
     Home,
     Flush,
+    Inquiry,
     Copy,
 }
 
@@ -117,8 +118,7 @@ impl Volume {
             ready_at: None,
             queue: VecDeque::new(),
             commands: BTreeMap::new(),
-            steps: BTreeMap::new(),
-            next_step: StepId(0),
+            steps: Arena::default(),
             locks: RangeLocks::default(),
             granted: VecDeque::new(),
             effects: VecDeque::new(),
@@ -220,6 +220,13 @@ impl Volume {
         self.turn(now);
     }
 
+    /// An `Inquire` ended.
+    pub fn inquired(&mut self, now: Monotonic, step: StepId, result: HostResult) {
+        self.leave(step, Stage::Inquiry);
+        self.finish(step, result);
+        self.turn(now);
+    }
+
     /// A flush that no command asked for failed: the volume is poisoned.
     pub fn flush_failed(&mut self, now: Monotonic) {
         self.poison();
@@ -243,7 +250,7 @@ impl Volume {
     /// # Panics
     /// If the step is no copy in progress.
     pub fn copy_done(&mut self, now: Monotonic, step: StepId) {
-        let copy = self.steps.get(&step).map(|step| step.task);
+        let copy = self.steps.find(step.0).map(|step| step.task);
         assert!(matches!(copy, Some(Task::Copy(_))), "{step:?} is no copy");
         self.finish(step, Ok(()));
         self.turn(now);
@@ -415,9 +422,7 @@ impl Volume {
     }
 
     fn begin_step(&mut self, command: Option<CommandId>, task: Task) -> StepId {
-        let id = self.next_step;
-        self.next_step = StepId(id.0 + 1);
-        self.steps.insert(id, Step { command, task, stage: Stage::Lock });
+        let id = StepId(self.steps.insert(Step { command, task, stage: Stage::Lock }));
         let acquired = match task.lock() {
             Some((device, kind)) => self.locks.acquire(id, device, kind),
             None => Acquired::Granted,
@@ -432,7 +437,7 @@ impl Volume {
     /// A step has its lock.
     fn start(&mut self, id: StepId) {
         // A copy may have been given up since its lock was granted.
-        let Some((task, command)) = self.steps.get(&id).map(|step| (step.task, step.command)) else {
+        let Some((task, command)) = self.steps.find(id.0).map(|step| (step.task, step.command)) else {
             return;
         };
         if self.poisoned && (task.changes_content() || task == Task::Flush) {
@@ -450,7 +455,10 @@ impl Volume {
                 self.enter(id, Stage::Prepare, prepare(id, command, wanted));
             }
             (Task::Flush, Some(command)) => self.enter(id, Stage::Flush, Effect::Flush { step: id, command }),
-            (Task::Read(_) | Task::Seal(_) | Task::Flush, None) => {
+            (Task::Inquiry, Some(command)) => {
+                self.enter(id, Stage::Inquiry, Effect::Inquire { step: id, command });
+            }
+            (Task::Read(_) | Task::Seal(_) | Task::Flush | Task::Inquiry, None) => {
                 unreachable!("only copies have no command")
             }
         }
@@ -483,39 +491,39 @@ impl Volume {
 
     /// What a write step does at home.
     fn home(&self, id: StepId) -> (CommandId, ByteRange, Content) {
-        let step = self.steps.get(&id).expect("a step that is known");
+        let step = self.steps.find(id.0).expect("a step that is known");
         let command = step.command.expect("a write step has a command");
         match step.task {
             Task::Seal(wanted) => (command, wanted.unit_outward(), Content::Sealed),
             Task::Zeros(device) => (command, device, Content::Zeros),
             Task::ZeroRange(device) => (command, device, Content::Trimmed),
-            Task::Read(_) | Task::Copy(_) | Task::Flush => unreachable!("not a write step"),
+            Task::Read(_) | Task::Copy(_) | Task::Flush | Task::Inquiry => unreachable!("not a write step"),
         }
     }
 
     fn is_durable(&self, id: StepId) -> bool {
-        let step = self.steps.get(&id);
+        let step = self.steps.find(id.0);
         let writes = step.is_some_and(|step| matches!(step.task, Task::Seal(_) | Task::Zeros(_)));
         let command = step.and_then(|step| step.command).and_then(|id| self.commands.get(&id));
         writes && command.is_some_and(|running| is_fua(&running.command))
     }
 
     fn enter(&mut self, id: StepId, stage: Stage, effect: Effect) {
-        let step = self.steps.get_mut(&id).expect("a step that is known");
+        let step = self.steps.find_mut(id.0).expect("a step that is known");
         step.stage = stage;
         self.effects.push_back(effect);
     }
 
     /// Checks that a completion fits the step it names.
     fn leave(&self, id: StepId, stage: Stage) {
-        let at = self.steps.get(&id).map(|step| step.stage);
+        let at = self.steps.find(id.0).map(|step| step.stage);
         assert!(at == Some(stage), "{id:?} is at {at:?}, but {stage:?} ended");
     }
 
     fn finish(&mut self, id: StepId, result: HostResult) {
-        let step = self.steps.remove(&id).expect("a step that is known");
-        if step.task.lock().is_some() {
-            self.granted.extend(self.locks.release(id));
+        let step = self.steps.remove(id.0).expect("a step that is known");
+        if let Some((_, kind)) = step.task.lock() {
+            self.granted.extend(self.locks.release(id, kind));
         }
         let Some(command) = step.command else {
             return;

@@ -165,6 +165,8 @@ pub enum Effect {
         volume: VolumeIndex,
         /// Answered with it.
         step: StepId,
+        /// The host's command.
+        command: CommandId,
         /// Unit-aligned.
         device: ByteRange,
     },
@@ -174,6 +176,15 @@ pub enum Effect {
         volume: VolumeIndex,
         /// Answered with it.
         step: StepId,
+    },
+    /// Do what a CACHE or STATUS command asks for; answer with `inquired`.
+    Inquire {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Answered with it.
+        step: StepId,
+        /// The host's command.
+        command: CommandId,
     },
     /// Answer the host.
     Reply {

@@ -413,6 +413,14 @@ impl Group {
         self.check_poison(volume, poisoned);
     }
 
+    /// An `Inquire` ended.
+    pub fn inquired(&mut self, volume: VolumeIndex, step: StepId, result: HostResult) {
+        let now = self.now;
+        if let Some(slot) = self.slot(volume) {
+            slot.volume.inquired(now, step, result);
+        }
+    }
+
     /// A volume that became poisoned ends the incarnation: what reached its media is unknown.
     fn check_poison(&mut self, volume: VolumeIndex, was_poisoned: bool) {
         let poisoned = self.slot(volume).is_some_and(|slot| slot.volume.is_poisoned());
@@ -483,10 +491,11 @@ impl Group {
                 };
                 Effect::Write { volume, step, device, data, durable }
             }
-            engine::volume::Effect::ZeroRange { step, device, .. } => {
-                Effect::ZeroRange { volume, step, device }
+            engine::volume::Effect::ZeroRange { step, command, device } => {
+                Effect::ZeroRange { volume, step, command, device }
             }
             engine::volume::Effect::Flush { step, .. } => Effect::Flush { volume, step },
+            engine::volume::Effect::Inquire { step, command } => Effect::Inquire { volume, step, command },
             engine::volume::Effect::CopyReady { device, step } => {
                 return self.copy_ready(volume, step, device);
             }

@@ -3,29 +3,30 @@
 //! A small write's payload is copied once, from the receive buffer to its own aligned buffer; the rest of a larger one
 //! is received straight into it. A connection that has too much on its way is not read from: that is the back-pressure.
 
-use block::{HostCommand, Monotonic, VolumeId, VolumeIndex};
-use bytes::{Bytes, BytesMut};
+use block::{HostCommand, VolumeId, VolumeIndex};
+use bytes::Bytes;
 use control::{Peer, VolumeAccess};
-use engine::CommandId;
 use frontend::nbd::{Cookie, Event, Transmission};
 use store::{Buffer, Operation, Payload, Socket};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::command::HostConnection;
-use super::datapath::{HostPayload, Pending, Request};
-use super::{GroupKey, Shard, monotonic};
+use super::datapath::Pending;
+use super::output::Output;
+use super::requests::{HostPayload, Parts, Request};
+use super::{GroupKey, Shard};
 
 /// Bytes received at once.
 const RECEIVE_BYTES: usize = 64 << 10;
+/// Bytes received at once behind a large write: what follows is most likely the next one, whose payload should not
+/// be copied from here to its own buffer.
+const RECEIVE_BYTES_BULKY: usize = 512;
+/// A write this large is worth a receive of its own.
+const BULKY_BYTES: usize = 16 << 10;
 /// Commands of one connection on their way; clients keep far fewer.
 const COMMANDS_MAX: usize = 512;
 /// A connection's share of the memory for requests on their way; the rest is for others.
 const SHARE: usize = 4;
-/// Replies that may wait for a client that does not read them: then no more is read from it.
-const UNSENT_PIECES_MAX: usize = 2048;
-const UNSENT_HEADS_MAX: usize = 64 << 10;
-/// Pieces of replies gathered into one send; the kernel takes 1024.
-const PIECES_MAX: usize = 512;
 
 /// A connection on this shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -67,16 +68,13 @@ pub(super) struct Connection {
     input: Option<Buffer>,
     unparsed: std::ops::Range<usize>,
     arriving: Option<Arriving>,
+    /// The last request was a large write.
+    bulky: bool,
     waiting: Option<Waiting>,
     commands: usize,
     /// Bytes of its commands on their way, with those of replies that are not sent.
     bytes: usize,
-    heads: BytesMut,
-    /// Pieces of replies, and how many charged bytes go with each.
-    output: Vec<(Bytes, usize)>,
-    sending: bool,
-    /// Charged bytes of the send on its way.
-    sending_bytes: usize,
+    output: Output,
     /// Closes as soon as its commands are answered.
     ending: bool,
     closed: bool,
@@ -87,21 +85,9 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// The client does not read its replies as fast as it asks.
-    fn is_clogged(&self) -> bool {
-        self.output.len() > UNSENT_PIECES_MAX || self.heads.len() > UNSENT_HEADS_MAX
-    }
-
     /// True if nothing is left to be sent.
     pub(super) fn is_flushed(&self) -> bool {
-        !self.sending && self.output.is_empty() && self.heads.is_empty()
-    }
-
-    /// Moves the reply heads written so far behind the pieces before them.
-    fn seal_heads(&mut self) {
-        if !self.heads.is_empty() {
-            self.output.push((self.heads.split().freeze(), 0));
-        }
+        self.output.is_flushed()
     }
 }
 
@@ -134,13 +120,11 @@ impl Shard {
             input: Some(input),
             unparsed: 0..parsed,
             arriving: None,
+            bulky: false,
             waiting: None,
             commands: 0,
             bytes: 0,
-            heads: BytesMut::new(),
-            output: Vec::new(),
-            sending: false,
-            sending_bytes: 0,
+            output: Output::default(),
             ending: false,
             closed: false,
             peer,
@@ -160,7 +144,7 @@ impl Shard {
             if connection.closed || connection.arriving.is_some() || connection.waiting.is_some() {
                 break;
             }
-            if connection.ending || connection.is_clogged() {
+            if connection.ending || connection.output.is_clogged() {
                 return;
             }
             if connection.commands >= COMMANDS_MAX {
@@ -173,22 +157,24 @@ impl Shard {
             match parsed.event {
                 Event::NeedMore => break,
                 Event::Request { cookie, command } => {
+                    connection.bulky = false;
                     connection.waiting = Some(Waiting { cookie, command, length: charge(&command) });
                     self.take_memory(id);
                 }
                 Event::WritePayload { cookie, command, length } => {
                     let length = usize::try_from(length).unwrap_or(usize::MAX);
+                    connection.bulky = length >= BULKY_BYTES;
                     connection.waiting = Some(Waiting { cookie, command, length });
                     self.take_memory(id);
                 }
                 Event::Served { cookie } => {
                     let style = connection.transmission.reply_style();
-                    style.put_success(&mut connection.heads, cookie);
+                    style.put_success(connection.output.heads(), cookie);
                     self.flushing.insert(id);
                 }
                 Event::Refused { cookie, refusal } => {
                     let style = connection.transmission.reply_style();
-                    style.put_refusal(&mut connection.heads, cookie, refusal);
+                    style.put_refusal(connection.output.heads(), cookie, refusal);
                     self.flushing.insert(id);
                 }
                 Event::Disconnect => {
@@ -287,7 +273,8 @@ impl Shard {
                     return;
                 };
                 assert!(connection.unparsed.is_empty(), "a parser that needs more has used everything");
-                let range = 0..input.len();
+                let most = if connection.bulky { RECEIVE_BYTES_BULKY } else { input.len() };
+                let range = 0..most.min(input.len());
                 (Pending::Receive { id }, input, range, false)
             }
         };
@@ -357,32 +344,28 @@ impl Shard {
         };
         connection.commands += 1;
         let (key, volume) = (connection.key, connection.volume);
-        self.last_request += 1;
-        let request = CommandId(self.last_request);
-        let started: Monotonic = monotonic();
-        self.requests.insert(
-            request.0,
-            Request {
-                connection: Some(id),
-                key,
-                volume,
-                cookie,
-                command,
-                payload,
-                parts: Vec::new(),
-                started,
-            },
-        );
+        let started = self.now;
+        let request = self.requests.insert(Request {
+            connection: Some(id),
+            key,
+            volume,
+            cookie,
+            command,
+            payload,
+            parts: Parts::default(),
+            extents: Vec::new(),
+            started,
+        });
         if let Some(served) = self.groups.get_mut(&key) {
-            served.group.set_clocks(started, super::wall());
+            served.group.set_clocks(started, self.wall);
             served.group.submit(volume, request, command);
             self.touched.insert(key);
         }
     }
 
-    /// Appends the answer to a command; `data` is a read's bytes in order.
+    /// Appends the answer to a command; `parts` are a read's bytes.
     /// A read's bytes stay charged until they are sent; all others are released here.
-    pub(super) fn reply(&mut self, request: &Request, result: block::HostResult, data: Vec<Bytes>) {
+    pub(super) fn reply(&mut self, request: &Request, result: block::HostResult, parts: Parts) {
         let keeps = result.is_ok() && matches!(request.command, HostCommand::Read { .. });
         let connection = request.connection.and_then(|id| self.connections.get(id.0));
         let open = connection.is_some_and(|connection| !connection.closed);
@@ -397,15 +380,12 @@ impl Shard {
         };
         connection.commands = connection.commands.saturating_sub(1);
         let style = connection.transmission.reply_style();
+        let output = &mut connection.output;
         match (result, request.command) {
-            (Err(error), _) => style.put_error(&mut connection.heads, request.cookie, error, ""),
+            (Err(error), _) => style.put_error(output.heads(), request.cookie, error, ""),
             (Ok(()), HostCommand::Read { range }) => {
-                style.put_read_head(&mut connection.heads, request.cookie, range);
-                connection.seal_heads();
-                connection.output.extend(data.into_iter().map(|piece| {
-                    let charged = piece.len();
-                    (piece, charged)
-                }));
+                style.put_read_head(output.heads(), request.cookie, range);
+                parts.into_ordered().for_each(|(_, data)| output.push_data(data));
             }
             (
                 Ok(()),
@@ -415,7 +395,7 @@ impl Shard {
                 | HostCommand::WriteZeroes { .. }
                 | HostCommand::Cache { .. }
                 | HostCommand::Status { .. },
-            ) => style.put_success(&mut connection.heads, request.cookie),
+            ) => style.put_success(output.heads(), request.cookie),
         }
         self.flushing.insert(id);
     }
@@ -438,34 +418,25 @@ impl Shard {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
-        if connection.sending || connection.closed {
+        if connection.closed {
             return;
         }
-        connection.seal_heads();
-        if connection.output.is_empty() {
-            let ended = connection.ending || matches!(connection.intake, Intake::Ended);
-            let over = ended && connection.commands == 0;
-            if over {
-                self.close(id);
-            }
-            return;
+        if let Some(pieces) = connection.output.begin_send() {
+            let socket = connection.socket.clone();
+            return self
+                .submit(Pending::Send { id }, Operation::Send { socket, data: Payload::Many(pieces) });
         }
-        let count = connection.output.len().min(PIECES_MAX);
-        let rest = connection.output.split_off(count);
-        let pieces = std::mem::replace(&mut connection.output, rest);
-        connection.sending_bytes = pieces.iter().map(|(_, charged)| charged).sum();
-        let pieces = pieces.into_iter().map(|(piece, _)| piece).collect();
-        connection.sending = true;
-        let socket = connection.socket.clone();
-        self.submit(Pending::Send { id }, Operation::Send { socket, data: Payload::Many(pieces) });
+        let ended = connection.ending || matches!(connection.intake, Intake::Ended);
+        if ended && connection.commands == 0 && connection.output.is_flushed() {
+            self.close(id);
+        }
     }
 
-    pub(super) fn sent(&mut self, id: ConnectionId, ok: bool) {
+    pub(super) fn sent(&mut self, id: ConnectionId, ok: bool, pieces: Vec<Bytes>) {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
-        connection.sending = false;
-        let sent = std::mem::take(&mut connection.sending_bytes);
+        let sent = connection.output.end_send(pieces);
         let over = !ok || connection.closed;
         self.release_memory(Some(id), sent);
         if over {
@@ -484,7 +455,7 @@ impl Shard {
             let _ = connection.socket.shutdown();
             let key = connection.key;
             connection.waiting = None;
-            let unsent: usize = connection.output.drain(..).map(|(_, charged)| charged).sum();
+            let unsent = connection.output.abandon();
             let arriving = connection.arriving.take().map_or(0, |arriving| charge(&arriving.command));
             self.release_memory(Some(id), unsent + arriving);
             self.starved.retain(|starved| *starved != id);
@@ -497,7 +468,7 @@ impl Shard {
         let Some(connection) = self.connections.get(id.0) else {
             return;
         };
-        if !connection.sending && !matches!(connection.intake, Intake::Receiving) {
+        if !connection.output.is_sending() && !matches!(connection.intake, Intake::Receiving) {
             self.connections.remove(id.0);
             self.flushing.remove(&id);
         }

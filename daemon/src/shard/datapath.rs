@@ -1,42 +1,26 @@
 //! The effects of a group on its home files, and the ends of the operations.
 
-use block::{ByteRange, DATA_UNIT_BYTES, HostCommand, HostError, HostResult, Lba, Monotonic, VolumeIndex};
+use block::{ByteRange, DATA_UNIT_BYTES, HostCommand, HostError, HostResult, Lba, VolumeIndex};
 use bytes::Bytes;
 use engine::{CommandId, StepId};
 use frontend::nbd::Cookie;
-use store::{Buffer, Completion, File, Operation, Payload};
+use store::{Buffer, Completion, File, Operation, Payload, Returned};
 
 use super::connection::{ConnectionId, charge};
 use super::mirror_io::IoTarget;
+use super::requests::HostPayload;
 use super::sealing::{Job, Then};
-use super::{GroupKey, Shard, ShardNews, monotonic};
+use super::{GroupKey, Shard, ShardNews};
 use crate::group::{Effect, IoId, Loudness};
 
 const UNIT: usize = 4096;
 /// errno of an operation that a file system does not know.
 const EOPNOTSUPP: i32 = 95;
 const ENOSPC: i32 = 28;
-
-/// A write command's bytes.
-pub(super) enum HostPayload {
-    /// No payload: reads, flushes, trims, zeroes; or it was taken.
-    Nothing,
-    /// All of it, in memory that nobody else sees.
-    Whole(Buffer),
-}
-
-/// A host's command on its way.
-pub(super) struct Request {
-    pub(super) connection: Option<ConnectionId>,
-    pub(super) key: GroupKey,
-    pub(super) volume: VolumeIndex,
-    pub(super) cookie: Cookie,
-    pub(super) command: HostCommand,
-    pub(super) payload: HostPayload,
-    /// A read's bytes as its steps end: offset and data.
-    pub(super) parts: Vec<(u64, Bytes)>,
-    pub(super) started: Monotonic,
-}
+const EDQUOT: i32 = 122;
+const EFBIG: i32 = 27;
+/// Extents told in one answer; clients ask on from where it ends.
+const EXTENTS_MAX: usize = 4096;
 
 /// A write step whose partial units are being read.
 pub(super) struct Merge {
@@ -83,6 +67,7 @@ pub(super) enum Pending {
         key: GroupKey,
         volume: VolumeIndex,
         step: StepId,
+        command: CommandId,
         device: ByteRange,
     },
     /// Zeros written where ZERO_RANGE is not known.
@@ -95,6 +80,12 @@ pub(super) enum Pending {
         key: GroupKey,
         volume: VolumeIndex,
         step: StepId,
+    },
+    Inquiry {
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+        command: CommandId,
     },
     Io {
         key: GroupKey,
@@ -113,11 +104,14 @@ impl Shard {
                 self.prepare(key, volume, step, command, device, wanted, read_head, read_tail);
             }
             Effect::Write { volume, step, device, data, durable } => {
-                let data = data.unwrap_or_else(|| self.zeros(device.length()));
+                let data = match data {
+                    Some(data) => Payload::One(self.aligned(data)),
+                    None => self.zeros(device.length()),
+                };
                 self.write(Pending::Write { key, volume, step }, key, volume, device.offset(), data, durable);
             }
-            Effect::ZeroRange { volume, step, device } => {
-                let pending = Pending::ZeroRange { key, volume, step, device };
+            Effect::ZeroRange { volume, step, command, device } => {
+                let pending = Pending::ZeroRange { key, volume, step, command, device };
                 self.on_home(key, volume, pending, |file| Operation::ZeroRange {
                     file,
                     offset: device.offset(),
@@ -128,6 +122,7 @@ impl Shard {
                 let pending = Pending::Flush { key, volume, step };
                 self.on_home(key, volume, pending, |file| Operation::Fdatasync { file });
             }
+            Effect::Inquire { volume, step, command } => self.inquire(key, volume, step, command),
             Effect::Reply { command, result, .. } => self.answer(command, result),
             Effect::Io { io, request } => self.perform_io(key, io, request),
             Effect::Dial => self.tell(ShardNews::Dial(key)),
@@ -156,10 +151,14 @@ impl Shard {
         }
     }
 
-    /// Raw zeros of a step's length.
-    pub(super) fn zeros(&self, length: u64) -> Bytes {
-        let length = usize::try_from(length).unwrap_or(usize::MAX).min(self.zeros.len());
-        self.zeros.slice(..length)
+    /// Raw zeros, as many as wanted: the same piece of memory again and again.
+    pub(super) fn zeros(&self, length: u64) -> Payload {
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        if length <= self.zeros.len() {
+            return Payload::One(self.zeros.slice(..length));
+        }
+        let whole = std::iter::repeat_n(self.zeros.clone(), length / self.zeros.len());
+        Payload::Many(whole.chain([self.zeros.slice(..length % self.zeros.len())]).collect())
     }
 
     fn home(&self, key: GroupKey, volume: VolumeIndex) -> Option<File> {
@@ -183,6 +182,7 @@ impl Shard {
 
     /// Counts a group's operations on their way.
     pub(super) fn count(&mut self, key: GroupKey, change: isize) {
+        self.storage = self.storage.saturating_add_signed(change);
         if let Some(served) = self.groups.get_mut(&key) {
             served.outstanding = served.outstanding.saturating_add_signed(change);
         }
@@ -205,10 +205,9 @@ impl Shard {
         key: GroupKey,
         volume: VolumeIndex,
         offset: u64,
-        data: Bytes,
+        data: Payload,
         durable: bool,
     ) {
-        let data = Payload::One(self.aligned(data));
         self.on_home(key, volume, pending, |file| Operation::Write { file, offset, data, durable });
     }
 
@@ -251,7 +250,7 @@ impl Shard {
 
     /// The buffer of a step's device range, with the host's bytes of `wanted` in place.
     fn step_buffer(&mut self, command: CommandId, device: ByteRange, wanted: ByteRange) -> Option<Buffer> {
-        let request = self.requests.get_mut(&command.0)?;
+        let request = self.requests.find_mut(command)?;
         let length = usize::try_from(device.length()).ok()?;
         let range = request.command.range()?;
         if let HostPayload::Whole(payload) = &request.payload
@@ -344,8 +343,8 @@ impl Shard {
                     let start = usize::try_from(wanted.offset() - device.offset()).unwrap_or(usize::MAX);
                     let count = usize::try_from(wanted.length()).unwrap_or(usize::MAX);
                     let data = job.buffer.freeze().slice(start..start + count);
-                    if let Some(request) = self.requests.get_mut(&command.0) {
-                        request.parts.push((wanted.offset(), data));
+                    if let Some(request) = self.requests.find_mut(command) {
+                        request.parts.push(wanted.offset(), data);
                     }
                     self.with_group(key, |served, _| served.group.read_done(volume, step, Ok(())));
                 }
@@ -357,9 +356,32 @@ impl Shard {
         }
     }
 
+    fn wants_fast(&self, command: CommandId) -> bool {
+        let command = self.requests.find(command).map(|request| request.command);
+        matches!(command, Some(HostCommand::WriteZeroes { fast: true, .. }))
+    }
+
+    /// CACHE and STATUS.
+    fn inquire(&mut self, key: GroupKey, volume: VolumeIndex, step: StepId, command: CommandId) {
+        let request = self.requests.find(command).map(|request| request.command);
+        let direct = self.home(key, volume).is_none_or(|file| file.is_direct());
+        let pending = Pending::Inquiry { key, volume, step, command };
+        match request {
+            Some(HostCommand::Status { range, one }) => self.on_home(key, volume, pending, |file| {
+                let extents_max = if one { 1 } else { EXTENTS_MAX };
+                Operation::Survey { file, offset: range.offset(), length: range.length(), extents_max }
+            }),
+            Some(HostCommand::Cache { range }) if !direct => self.on_home(key, volume, pending, |file| {
+                Operation::Prefetch { file, offset: range.offset(), length: range.length() }
+            }),
+            // Direct I/O has no cache to fill, and of a command that is gone nobody waits for the answer.
+            Some(_) | None => self.with_group(key, |served, _| served.group.inquired(volume, step, Ok(()))),
+        }
+    }
+
     /// Ends a host's command.
     fn answer(&mut self, command: CommandId, result: HostResult) {
-        let Some(mut request) = self.requests.remove(&command.0) else {
+        let Some(mut request) = self.requests.remove(command) else {
             return;
         };
         if request.connection.is_none() {
@@ -369,28 +391,27 @@ impl Shard {
         if let Some(served) = self.groups.get(&request.key)
             && let Some(slot) = served.volumes.get(volume)
         {
-            slot.meters.answered(&request.command, result, monotonic().since(request.started));
+            slot.meters.answered(&request.command, result, self.now.since(request.started));
         }
-        request.parts.sort_by_key(|(offset, _)| *offset);
-        let data = std::mem::take(&mut request.parts).into_iter().map(|(_, data)| data).collect();
-        self.reply(&request, result, data);
+        let parts = std::mem::take(&mut request.parts);
+        self.reply(&request, result, parts);
     }
 
     /// Drops what a closed connection asked for; what has begun goes on without a reply.
     pub(super) fn forget_requests(&mut self, id: ConnectionId) {
         let mine = self.requests.iter().filter(|(_, request)| request.connection == Some(id));
-        let mine: Vec<u64> = mine.map(|(number, _)| *number).collect();
+        let mine: Vec<CommandId> = mine.map(|(number, _)| number).collect();
         for number in mine {
-            let Some(request) = self.requests.get_mut(&number) else {
+            let Some(request) = self.requests.find_mut(number) else {
                 continue;
             };
             request.connection = None;
             let (key, volume) = (request.key, request.volume);
             let mut runs = false;
-            self.with_group(key, |served, _| runs = served.group.forget(volume, CommandId(number)));
+            self.with_group(key, |served, _| runs = served.group.forget(volume, number));
             if runs {
                 self.forgotten += 1;
-            } else if let Some(request) = self.requests.remove(&number) {
+            } else if let Some(request) = self.requests.remove(number) {
                 self.release_memory(Some(id), charge(&request.command));
             }
         }
@@ -404,15 +425,39 @@ impl Shard {
         let ended = self.requests.iter().filter(|(number, request)| {
             request.key == key
                 && request.connection.is_none()
-                && !served.group.is_running(request.volume, CommandId(**number))
+                && !served.group.is_running(request.volume, *number)
         });
-        let ended: Vec<u64> = ended.map(|(number, _)| *number).collect();
+        let ended: Vec<CommandId> = ended.map(|(number, _)| number).collect();
         for number in ended {
-            if let Some(request) = self.requests.remove(&number) {
+            if let Some(request) = self.requests.remove(number) {
                 self.release_memory(None, charge(&request.command));
                 self.forgotten = self.forgotten.saturating_sub(1);
             }
         }
+    }
+
+    /// A host's ZERO_RANGE ended; where it is not known, zeros are written, unless the host asked to be told.
+    fn zero_range_ended(
+        &mut self,
+        key: GroupKey,
+        volume: VolumeIndex,
+        step: StepId,
+        command: CommandId,
+        device: ByteRange,
+        result: &std::io::Result<usize>,
+    ) {
+        let unknown = result.as_ref().is_err_and(|error| error.raw_os_error() == Some(EOPNOTSUPP));
+        if unknown && !self.wants_fast(command) {
+            let zeros = self.zeros(device.length());
+            let pending = Pending::ZeroWritten { key, volume, step };
+            return self.write(pending, key, volume, device.offset(), zeros, false);
+        }
+        let outcome = match result {
+            Err(_) if unknown => Err(HostError::NotSupported),
+            Err(error) => Err(host_error(error)),
+            Ok(_) => Ok(()),
+        };
+        self.with_group(key, |served, _| served.group.written(volume, step, outcome, true));
     }
 
     pub(super) fn complete(&mut self, completion: Completion) {
@@ -435,11 +480,13 @@ impl Shard {
                     self.received_payload(id, cookie, command, buffer, whole);
                 }
             }
-            Pending::Send { id } => self.sent(id, result.is_ok()),
+            Pending::Send { id } => {
+                let pieces = returned.into_payload().map(Payload::into_pieces).unwrap_or_default();
+                self.sent(id, result.is_ok(), pieces);
+            }
             Pending::Read { key, volume, step, command, device, wanted } => {
                 self.count(key, -1);
-                let buffer = returned.into_buffer().filter(|_| outcome.is_ok());
-                match buffer {
+                match returned.into_buffer().filter(|_| outcome.is_ok()) {
                     Some(buffer) => {
                         let then = Then::Deliver { step, command, device, wanted };
                         self.seal(key, volume, device.first_block(), buffer, then);
@@ -456,15 +503,9 @@ impl Shard {
                 self.count(key, -1);
                 self.with_group(key, |served, _| served.group.written(volume, step, outcome, false));
             }
-            Pending::ZeroRange { key, volume, step, device } => {
+            Pending::ZeroRange { key, volume, step, command, device } => {
                 self.count(key, -1);
-                let unknown = result.as_ref().is_err_and(|error| error.raw_os_error() == Some(EOPNOTSUPP));
-                if unknown {
-                    let zeros = self.zeros(device.length());
-                    let pending = Pending::ZeroWritten { key, volume, step };
-                    return self.write(pending, key, volume, device.offset(), zeros, false);
-                }
-                self.with_group(key, |served, _| served.group.written(volume, step, outcome, true));
+                self.zero_range_ended(key, volume, step, command, device, &result);
             }
             Pending::ZeroWritten { key, volume, step } => {
                 self.count(key, -1);
@@ -473,6 +514,15 @@ impl Shard {
             Pending::Flush { key, volume, step } => {
                 self.count(key, -1);
                 self.with_group(key, |served, _| served.group.flushed(volume, step, outcome));
+            }
+            Pending::Inquiry { key, volume, step, command } => {
+                self.count(key, -1);
+                if let (Returned::Extents(extents), Some(request)) =
+                    (returned, self.requests.find_mut(command))
+                {
+                    request.extents = extents;
+                }
+                self.with_group(key, |served, _| served.group.inquired(volume, step, outcome));
             }
             Pending::Io { key, io, target } => {
                 self.count(key, -1);
@@ -484,5 +534,8 @@ impl Shard {
 
 /// What a host is told of an operating system's error.
 fn host_error(error: &std::io::Error) -> HostError {
-    if error.raw_os_error() == Some(ENOSPC) { HostError::NoSpace } else { HostError::Io }
+    match error.raw_os_error() {
+        Some(ENOSPC | EDQUOT | EFBIG) => HostError::NoSpace,
+        Some(_) | None => HostError::Io,
+    }
 }

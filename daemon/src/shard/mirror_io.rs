@@ -10,7 +10,7 @@ use replicator::{Refusal, SessionEvent, SessionHandle};
 use store::{File, Operation, Payload, Returned};
 
 use super::datapath::Pending;
-use super::{GroupKey, Shard, ShardNews, monotonic, wall};
+use super::{GroupKey, Shard, ShardNews};
 use crate::group::{IoFailure, IoId, IoRequest, SessionId};
 
 /// errno of an operation that a file system does not know.
@@ -50,6 +50,7 @@ impl Shard {
             }
             IoRequest::HomeWrite { volume, offset, data } => {
                 let target = IoTarget::Done { operation: "writing a volume" };
+                let data = Payload::One(self.aligned(data));
                 self.write(Pending::Io { key, io, target }, key, volume, offset, data, false);
             }
             IoRequest::HomeZero { volume, range, trim } => self.zero_home(key, io, volume, range, trim),
@@ -229,7 +230,7 @@ impl Shard {
         let Some(served) = self.groups.get_mut(&key) else {
             return;
         };
-        let (now, wall) = (monotonic(), wall());
+        let (now, wall) = (self.now, self.wall);
         let mut ended = Vec::new();
         let mut heard = false;
         for (session, link) in &mut served.links {

@@ -9,6 +9,8 @@ mod connection;
 mod datapath;
 mod meters;
 mod mirror_io;
+mod output;
+mod requests;
 mod sealing;
 mod tls;
 
@@ -19,11 +21,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use block::{Monotonic, VolumeId, VolumeIndex};
+use block::{Monotonic, VolumeId, VolumeIndex, WallTime};
 use bytes::Bytes;
 use replicator::Wake;
 use slab::Slab;
-use store::{BufferPool, Completion, Operation, Ring, Token, Waker};
+use store::{BufferPool, Completion, Gather, Operation, Ring, Token, Waker};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::group::{CleanState, Group};
@@ -36,15 +38,22 @@ pub use command::{
 pub use tls::{Progress, TlsError, TlsSession};
 
 use connection::{Connection, ConnectionId};
-use datapath::{Pending, Request};
+use datapath::Pending;
 use meters::VolumeMeters;
 use mirror_io::Link;
+use requests::Requests;
 use sealing::Sealing;
 
 /// Submissions that one system call takes to the kernel.
 const RING_ENTRIES: u32 = 1024;
 /// The longest write of raw zeros at once: a step's length.
 const ZEROS_BYTES: usize = 1 << 20;
+/// Of this many storage operations on their way, one completion is waited for with the others...
+const GATHER_SHARE: usize = 4;
+/// ...up to so many...
+const GATHER_MAX: u32 = 16;
+/// ...and for so long.
+const GATHER_WITHIN: Duration = Duration::from_micros(30);
 /// A shard without work and timers wakes up this often, to notice a clock that was wrong.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
 
@@ -100,8 +109,7 @@ struct Shard {
     pending: Slab<Pending>,
     groups: BTreeMap<GroupKey, Served>,
     connections: Slab<Connection>,
-    requests: BTreeMap<u64, Request>,
-    last_request: u64,
+    requests: Requests,
     /// Payload bytes of requests on their way, and their bound.
     request_bytes: usize,
     request_bytes_max: usize,
@@ -122,6 +130,11 @@ struct Shard {
     index: usize,
     draining: Option<Draining>,
     stopping: bool,
+    /// The clocks at the beginning of this turn.
+    now: Monotonic,
+    wall: WallTime,
+    /// Storage operations on their way, of all groups.
+    storage: usize,
 }
 
 /// Starts shard `index`; its news carry the index. `receive_bytes` bounds the memory of requests on their way.
@@ -172,8 +185,7 @@ impl Shard {
             pending: Slab::new(),
             groups: BTreeMap::new(),
             connections: Slab::new(),
-            requests: BTreeMap::new(),
-            last_request: 0,
+            requests: Requests::default(),
             request_bytes: 0,
             request_bytes_max: receive_bytes,
             forgotten: 0,
@@ -189,6 +201,9 @@ impl Shard {
             index,
             draining: None,
             stopping: false,
+            now: monotonic(),
+            wall: wall(),
+            storage: 0,
         }
     }
 
@@ -197,13 +212,15 @@ impl Shard {
         let mut completions: Vec<Completion> = Vec::with_capacity(256);
         while !self.stopping {
             let timeout = self.timeout();
-            match self.ring.wait(Some(timeout), &mut completions) {
+            let gather = self.gather();
+            match self.ring.wait_gathering(Some(timeout), gather, &mut completions) {
                 Ok(_) => {}
                 Err(error) => {
                     tracing::error!(shard = self.index, %error, "io_uring failed: the shard stops");
                     return;
                 }
             }
+            self.read_clocks();
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
@@ -224,8 +241,20 @@ impl Shard {
         if !self.sealing.is_empty() || !self.touched.is_empty() {
             return Duration::ZERO;
         }
-        let now = monotonic();
-        self.timers.first().map_or(SLEEP_MAX, |(at, _)| at.since(now).min(SLEEP_MAX))
+        self.timers.first().map_or(SLEEP_MAX, |(at, _)| at.since(monotonic()).min(SLEEP_MAX))
+    }
+
+    /// The clocks are read once a turn: everything in it happens at that time.
+    fn read_clocks(&mut self) {
+        self.now = monotonic();
+        self.wall = wall();
+    }
+
+    /// A turn that takes several completions costs less for each (fewer system calls, fuller sends), and while many
+    /// operations are in flight one of them is late by less than the device takes for it. A lone request never waits.
+    fn gather(&self) -> Gather {
+        let count = u32::try_from(self.storage / GATHER_SHARE).unwrap_or(1).min(GATHER_MAX);
+        Gather { count, within: GATHER_WITHIN }
     }
 
     fn take_commands(&mut self) {
@@ -235,7 +264,7 @@ impl Shard {
     }
 
     fn fire_timers(&mut self) {
-        let now = monotonic();
+        let now = self.now;
         while let Some((at, key)) = self.timers.first().copied() {
             if at > now {
                 return;
@@ -243,7 +272,7 @@ impl Shard {
             self.timers.pop_first();
             if let Some(served) = self.groups.get_mut(&key) {
                 served.timer = None;
-                served.group.set_clocks(now, wall());
+                served.group.set_clocks(now, self.wall);
                 served.group.handle_time();
                 self.touched.insert(key);
             }
@@ -260,9 +289,9 @@ impl Shard {
 
     fn turn_group(&mut self, key: GroupKey) {
         self.pump_links(key);
-        let now = monotonic();
+        let now = self.now;
         if let Some(served) = self.groups.get_mut(&key) {
-            served.group.set_clocks(now, wall());
+            served.group.set_clocks(now, self.wall);
         }
         while let Some(effect) = self.groups.get_mut(&key).and_then(|served| served.group.poll_effect()) {
             self.perform(key, effect);
@@ -348,16 +377,16 @@ impl Shard {
 
     /// Calls a group with the clocks set, and has its effects performed.
     fn with_group(&mut self, key: GroupKey, call: impl FnOnce(&mut Served, Monotonic)) {
-        let now = monotonic();
+        let now = self.now;
         if let Some(served) = self.groups.get_mut(&key) {
-            served.group.set_clocks(now, wall());
+            served.group.set_clocks(now, self.wall);
             call(served, now);
             self.touched.insert(key);
         }
     }
 
     fn add(&mut self, key: GroupKey, files: Vec<VolumeFiles>, start: GroupStart) {
-        let now = monotonic();
+        let now = self.now;
         let (group, redo) = match start {
             GroupStart::Alone(volumes) => (Group::alone(&volumes, now), None),
             GroupStart::Mirrored(start) => {
@@ -429,7 +458,7 @@ impl Shard {
                 *connections.entry(connection.volume).or_default() += 1;
             }
         }
-        served.group.set_clocks(monotonic(), wall());
+        served.group.set_clocks(self.now, self.wall);
         let volumes = served.group.volume_snapshots();
         for (slot, counters) in served.volumes.iter().zip(&volumes) {
             slot.meters.throttled(counters.throttled);
@@ -452,9 +481,9 @@ impl Shard {
     }
 
     fn drain(&mut self, done: oneshot::Sender<Vec<(GroupKey, Option<CleanState>)>>) {
-        let now = monotonic();
+        let now = self.now;
         for (key, served) in &mut self.groups {
-            served.group.set_clocks(now, wall());
+            served.group.set_clocks(now, self.wall);
             served.group.drain();
             self.touched.insert(*key);
         }

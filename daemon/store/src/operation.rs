@@ -3,6 +3,8 @@
 use std::io;
 use std::ops::Range;
 
+use block::Extent;
+
 use crate::{Buffer, File, Payload, Socket};
 
 /// The caller's name for an operation; the ring only hands it back.
@@ -54,6 +56,27 @@ pub enum Operation {
         /// Number of bytes.
         length: u64,
     },
+    /// Asks for the range to be read into the page cache (fadvise WILLNEED); does not wait for it.
+    Prefetch {
+        /// The file.
+        file: File,
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        length: u64,
+    },
+    /// Finds which parts of the range are known to read as zeros. Gives [`Returned::Extents`]: they start at
+    /// `offset`, alternate, and cover the range unless there are more than `extents_max`, which is at least 1.
+    Survey {
+        /// The file.
+        file: File,
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        length: u64,
+        /// The most extents wanted.
+        extents_max: usize,
+    },
     /// Receives into `buffer[range]`, which is not empty. Result: the bytes received, 0 if the peer closed.
     /// At most one receive may be in flight per socket.
     Receive {
@@ -98,6 +121,8 @@ pub enum Returned {
     Buffer(Buffer),
     /// The payload of a write or send.
     Payload(Payload),
+    /// What a survey found.
+    Extents(Vec<Extent>),
 }
 
 impl Returned {
@@ -105,7 +130,7 @@ impl Returned {
     pub fn into_buffer(self) -> Option<Buffer> {
         match self {
             Self::Buffer(buffer) => Some(buffer),
-            Self::Nothing | Self::Payload(_) => None,
+            Self::Nothing | Self::Payload(_) | Self::Extents(_) => None,
         }
     }
 
@@ -113,7 +138,7 @@ impl Returned {
     pub fn into_payload(self) -> Option<Payload> {
         match self {
             Self::Payload(payload) => Some(payload),
-            Self::Nothing | Self::Buffer(_) => None,
+            Self::Nothing | Self::Buffer(_) | Self::Extents(_) => None,
         }
     }
 }
@@ -135,7 +160,9 @@ impl Operation {
             Self::Write { offset, data, .. } => {
                 assert_offsets(*offset, u64::try_from(data.length()).unwrap_or(u64::MAX));
             }
-            Self::ZeroRange { offset, length, .. } => assert_offsets(*offset, *length),
+            Self::ZeroRange { offset, length, .. }
+            | Self::Prefetch { offset, length, .. }
+            | Self::Survey { offset, length, .. } => assert_offsets(*offset, *length),
             Self::Fdatasync { .. } => {}
         }
     }
@@ -144,7 +171,12 @@ impl Operation {
     pub(crate) fn is_cancellable(&self) -> bool {
         match self {
             Self::Receive { .. } | Self::Send { .. } => true,
-            Self::Read { .. } | Self::Write { .. } | Self::Fdatasync { .. } | Self::ZeroRange { .. } => false,
+            Self::Read { .. }
+            | Self::Write { .. }
+            | Self::Fdatasync { .. }
+            | Self::ZeroRange { .. }
+            | Self::Prefetch { .. }
+            | Self::Survey { .. } => false,
         }
     }
 
@@ -153,7 +185,9 @@ impl Operation {
         match self {
             Self::Read { range, .. } | Self::Receive { range, .. } => Some(range.len()),
             Self::Write { data, .. } | Self::Send { data, .. } => Some(data.length()),
-            Self::Fdatasync { .. } | Self::ZeroRange { .. } => None,
+            Self::Fdatasync { .. } | Self::ZeroRange { .. } | Self::Prefetch { .. } | Self::Survey { .. } => {
+                None
+            }
         }
     }
 
@@ -162,7 +196,9 @@ impl Operation {
         match self {
             Self::Read { buffer, .. } => Returned::Buffer(buffer),
             Self::Write { data, .. } => Returned::Payload(data),
-            Self::Fdatasync { .. } | Self::ZeroRange { .. } => Returned::Nothing,
+            Self::Fdatasync { .. } | Self::ZeroRange { .. } | Self::Prefetch { .. } | Self::Survey { .. } => {
+                Returned::Nothing
+            }
             Self::Receive { socket, buffer, .. } => {
                 socket.release_receive();
                 Returned::Buffer(buffer)

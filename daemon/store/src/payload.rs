@@ -25,6 +25,14 @@ impl Payload {
         }
     }
 
+    /// The pieces, as their list.
+    pub fn into_pieces(self) -> Vec<Bytes> {
+        match self {
+            Self::One(piece) => vec![piece],
+            Self::Many(pieces) => pieces,
+        }
+    }
+
     /// The bytes after the first `skip`, as non-empty slices.
     pub(crate) fn rest(&self, skip: usize) -> impl Iterator<Item = &[u8]> {
         let mut skip = skip;

@@ -74,7 +74,9 @@ impl Progress {
             | Operation::Send { .. }
             | Operation::Receive { .. }
             | Operation::Fdatasync { .. }
-            | Operation::ZeroRange { .. } => Next::Done(Ok(self.done)),
+            | Operation::ZeroRange { .. }
+            | Operation::Prefetch { .. }
+            | Operation::Survey { .. } => Next::Done(Ok(self.done)),
         }
     }
 

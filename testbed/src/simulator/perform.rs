@@ -39,7 +39,7 @@ impl World {
                 let content = data.map_or_else(|| Content::Zeros(size(device.length())), Content::Data);
                 self.host_write(site, volume, step, device, content, durable, false);
             }
-            Effect::ZeroRange { volume, step, device } => {
+            Effect::ZeroRange { volume, step, device, .. } => {
                 let content = Content::Zeros(size(device.length()));
                 self.host_write(site, volume, step, device, content, false, true);
             }
@@ -47,6 +47,9 @@ impl World {
                 let file = usize::from(volume.0);
                 let mark = self.sites[site].files[file].mark();
                 self.start(site, Operation::Sync { file, mark }, Answer::Flush { volume, step, mark });
+            }
+            Effect::Inquire { volume, step, .. } => {
+                self.start(site, Operation::Nothing, Answer::Inquiry { volume, step });
             }
             Effect::Reply { volume, command, result } => self.reply(site, volume, command, result),
             Effect::Io { io, request } => self.request(site, io, request),
@@ -295,6 +298,11 @@ impl World {
                 self.host_write_ended(site, volume, step, failed);
                 if let Some(group) = self.enter(site) {
                     group.written(volume, step, host, trimmed);
+                }
+            }
+            Answer::Inquiry { volume, step } => {
+                if let Some(group) = self.enter(site) {
+                    group.inquired(volume, step, Ok(()));
                 }
             }
             Answer::Flush { volume, step, mark } => {

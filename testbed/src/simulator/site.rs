@@ -43,6 +43,7 @@ pub(super) enum Answer {
     Prepare { volume: VolumeIndex, step: StepId, command: CommandId, device: ByteRange, wanted: ByteRange },
     Write { volume: VolumeIndex, step: StepId, trimmed: bool },
     Flush { volume: VolumeIndex, step: StepId, mark: u64 },
+    Inquiry { volume: VolumeIndex, step: StepId },
 }
 
 /// An unanswered request.

@@ -15,7 +15,8 @@ pub enum Content {
     Trimmed,
 }
 
-/// One operation for the shard. Device ranges are whole data units and at most [`crate::STEP_BYTES_MAX`] long.
+/// One operation for the shard. Device ranges are whole data units and at most [`crate::STEP_BYTES_MAX`] long, those
+/// of ZERO_RANGE [`crate::ZERO_STEP_BYTES_MAX`].
 ///
 /// Each effect with a `step` is answered by one call of [`super::Volume`], named with it, in any order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +85,13 @@ pub enum Effect {
     },
     /// Make everything that ended before durable (fdatasync); then `flushed`.
     Flush {
+        /// The step to report.
+        step: StepId,
+        /// The step's command.
+        command: CommandId,
+    },
+    /// Do what a CACHE or STATUS command asks for; then `inquired`.
+    Inquire {
         /// The step to report.
         step: StepId,
         /// The step's command.

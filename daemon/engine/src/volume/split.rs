@@ -2,8 +2,8 @@
 
 use block::{ByteRange, DATA_UNIT_BYTES, HostCommand};
 
-use crate::STEP_BYTES_MAX;
 use crate::locks::LockKind;
+use crate::{STEP_BYTES_MAX, ZERO_STEP_BYTES_MAX};
 
 /// The work of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +20,12 @@ pub(super) enum Task {
     Copy(ByteRange),
     /// Make what ended durable.
     Flush,
+    /// Tell something about the range, or prepare for it: no content moves.
+    Inquiry,
 }
 
 impl Task {
-    /// The units that the step touches and the lock that it needs; `None` for a flush.
+    /// The units that the step touches and the lock that it needs; `None` if it touches none.
     pub(super) fn lock(self) -> Option<(ByteRange, LockKind)> {
         match self {
             Self::Read(wanted) => Some((wanted.unit_outward(), LockKind::Read)),
@@ -32,7 +34,7 @@ impl Task {
             Self::Zeros(device) | Self::ZeroRange(device) | Self::Copy(device) => {
                 Some((device, LockKind::Exclusive))
             }
-            Self::Flush => None,
+            Self::Flush | Self::Inquiry => None,
         }
     }
 
@@ -54,6 +56,7 @@ pub(super) struct Splitter {
 enum Kind {
     Read,
     Seal,
+    Inquiry,
     ZeroRange,
     /// Zeros on whole units, sealed zeros on partial ones.
     ZeroesWritten,
@@ -68,10 +71,8 @@ impl Splitter {
             HostCommand::Read { range } => (Kind::Read, *range),
             HostCommand::Write { range, .. } => (Kind::Seal, *range),
             HostCommand::Trim { range, .. } if large(range) => (Kind::ZeroRange, range.unit_inward()),
-            HostCommand::Trim { .. }
-            | HostCommand::Flush
-            | HostCommand::Cache { .. }
-            | HostCommand::Status { .. } => (Kind::ZeroRange, ByteRange::default()),
+            HostCommand::Trim { .. } | HostCommand::Flush => (Kind::ZeroRange, ByteRange::default()),
+            HostCommand::Cache { range } | HostCommand::Status { range, .. } => (Kind::Inquiry, *range),
             HostCommand::WriteZeroes { range, .. } if large(range) => (Kind::ZeroesRange, *range),
             HostCommand::WriteZeroes { range, .. } => (Kind::ZeroesWritten, *range),
         };
@@ -87,14 +88,19 @@ impl Splitter {
     pub(super) const fn zeroes_ranges(&self) -> bool {
         match self.kind {
             Kind::ZeroRange | Kind::ZeroesRange => !self.is_done(),
-            Kind::Read | Kind::Seal | Kind::ZeroesWritten => false,
+            Kind::Read | Kind::Seal | Kind::Inquiry | Kind::ZeroesWritten => false,
         }
     }
 
     /// Where a part from `at` on ends whose units fit in one step.
     fn step_end(&self) -> u64 {
         let first_unit = self.at - self.at % DATA_UNIT_BYTES;
-        first_unit.saturating_add(STEP_BYTES_MAX).min(self.end)
+        let most = match self.kind {
+            Kind::Read | Kind::Seal | Kind::ZeroesWritten => STEP_BYTES_MAX,
+            Kind::ZeroRange | Kind::ZeroesRange => ZERO_STEP_BYTES_MAX,
+            Kind::Inquiry => u64::MAX,
+        };
+        first_unit.saturating_add(most).min(self.end)
     }
 
     /// The same, but ending with the last whole unit, or at the next unit border if `at` is inside one.
@@ -116,13 +122,14 @@ impl Iterator for Splitter {
             return None;
         }
         let end = match self.kind {
-            Kind::Read | Kind::Seal | Kind::ZeroRange => self.step_end(),
+            Kind::Read | Kind::Seal | Kind::ZeroRange | Kind::Inquiry => self.step_end(),
             Kind::ZeroesWritten | Kind::ZeroesRange => self.zeroes_end(),
         };
         let part = ByteRange::between(self.at, end).filter(|part| !part.is_empty())?;
         self.at = end;
         Some(match self.kind {
             Kind::Read => Task::Read(part),
+            Kind::Inquiry => Task::Inquiry,
             Kind::Seal => Task::Seal(part),
             Kind::ZeroRange => Task::ZeroRange(part),
             Kind::ZeroesWritten | Kind::ZeroesRange if !part.is_unit_aligned() => Task::Seal(part),
@@ -139,7 +146,12 @@ mod tests {
     use super::*;
 
     fn commands() -> impl Strategy<Value = HostCommand> {
-        let lengths = prop_oneof![0_u64..10_000, (1_u64 << 20) - 5000..(1 << 20) + 5000, 0_u64..4 << 20];
+        let lengths = prop_oneof![
+            0_u64..10_000,
+            (1_u64 << 20) - 5000..(1 << 20) + 5000,
+            0_u64..4 << 20,
+            (64_u64 << 20) - 5000..(130 << 20)
+        ];
         (0_u64..3 << 20, lengths, 0..4).prop_map(|(offset, length, kind)| {
             let range = ByteRange::new(offset, length).unwrap();
             match kind {
@@ -169,13 +181,15 @@ mod tests {
             for task in Splitter::new(&command) {
                 let part = match task {
                     Task::Read(part) | Task::Seal(part) | Task::Zeros(part) | Task::ZeroRange(part) => part,
-                    Task::Copy(_) | Task::Flush => unreachable!(),
+                    Task::Copy(_) | Task::Flush | Task::Inquiry => unreachable!(),
                 };
                 prop_assert_eq!(part.offset(), at);
                 at = part.end();
                 let (device, _) = task.lock().unwrap();
                 prop_assert!(device.is_unit_aligned() && device.contains(part));
-                prop_assert!(device.length() <= STEP_BYTES_MAX && device.offset() >= unit_end);
+                let zeroes = matches!(task, Task::ZeroRange(_));
+                let most = if zeroes { ZERO_STEP_BYTES_MAX } else { STEP_BYTES_MAX };
+                prop_assert!(device.length() <= most && device.offset() >= unit_end);
                 unit_end = device.end();
                 if let HostCommand::WriteZeroes { .. } = command {
                     let whole = part.is_unit_aligned();

@@ -132,6 +132,14 @@ impl Flight {
                     let fsync = opcode::Fsync::new(Fd(file.as_raw_fd()));
                     fsync.flags(FsyncFlags::DATASYNC).build()
                 }
+                Operation::Prefetch { file, offset, length } => {
+                    let length = i64::try_from(*length).unwrap_or(i64::MAX);
+                    let advise =
+                        opcode::Fadvise::new(Fd(file.as_raw_fd()), length, libc::POSIX_FADV_WILLNEED);
+                    advise.offset(*offset).build()
+                }
+                // Surveys are not the kernel ring's: see `survey`.
+                Operation::Survey { .. } => opcode::Nop::new().build(),
                 Operation::ZeroRange { file, offset, length } => {
                     let mode = zero_mode(self.progress.zero_step).bits().cast_signed();
                     let fallocate = opcode::Fallocate::new(Fd(file.as_raw_fd()), *length);

@@ -1,0 +1,149 @@
+//! Host commands on their way, by a number that is never used twice.
+
+use block::{Extent, HostCommand, Monotonic, VolumeIndex};
+use bytes::Bytes;
+use engine::CommandId;
+use frontend::nbd::Cookie;
+use slab::Slab;
+use store::Buffer;
+
+use super::GroupKey;
+use super::connection::ConnectionId;
+
+/// Bits of a number that say where the request is; the others count, so that a late answer meets no later request.
+const PLACE_BITS: u32 = 24;
+
+/// A write command's bytes.
+pub(super) enum HostPayload {
+    /// No payload: reads, flushes, trims, zeroes; or it was taken.
+    Nothing,
+    /// All of it, in memory that nobody else sees.
+    Whole(Buffer),
+}
+
+/// A host's command on its way.
+pub(super) struct Request {
+    pub(super) connection: Option<ConnectionId>,
+    pub(super) key: GroupKey,
+    pub(super) volume: VolumeIndex,
+    pub(super) cookie: Cookie,
+    pub(super) command: HostCommand,
+    pub(super) payload: HostPayload,
+    /// A read's bytes as its steps end.
+    pub(super) parts: Parts,
+    /// The answer to a status command.
+    pub(super) extents: Vec<Extent>,
+    pub(super) started: Monotonic,
+}
+
+/// Pieces of a read, each with its offset. Most reads have one, which needs no allocation.
+#[derive(Default)]
+pub(super) struct Parts {
+    first: Option<(u64, Bytes)>,
+    others: Vec<(u64, Bytes)>,
+}
+
+impl Parts {
+    pub(super) fn push(&mut self, offset: u64, data: Bytes) {
+        if self.first.is_none() {
+            self.first = Some((offset, data));
+        } else {
+            self.others.push((offset, data));
+        }
+    }
+
+    /// The pieces in ascending order.
+    pub(super) fn into_ordered(mut self) -> impl Iterator<Item = (u64, Bytes)> {
+        if let (Some(first), false) = (&mut self.first, self.others.is_empty()) {
+            self.others.sort_by_key(|(offset, _)| *offset);
+            if let Some(lowest) = self.others.first_mut().filter(|other| other.0 < first.0) {
+                std::mem::swap(first, lowest);
+                self.others.sort_by_key(|(offset, _)| *offset);
+            }
+        }
+        self.first.into_iter().chain(self.others)
+    }
+}
+
+/// All requests of a shard.
+#[derive(Default)]
+pub(super) struct Requests {
+    requests: Slab<(CommandId, Request)>,
+    count: u64,
+}
+
+impl Requests {
+    pub(super) fn insert(&mut self, request: Request) -> CommandId {
+        self.count += 1;
+        let place = self.requests.vacant_entry();
+        let number = u64::try_from(place.key()).unwrap_or(u64::MAX);
+        assert!(number < 1 << PLACE_BITS, "memory bounds the requests far below 2^24");
+        let id = CommandId(self.count << PLACE_BITS | number);
+        place.insert((id, request));
+        id
+    }
+
+    pub(super) fn find(&self, id: CommandId) -> Option<&Request> {
+        self.requests.get(place(id)).filter(|(known, _)| *known == id).map(|(_, request)| request)
+    }
+
+    pub(super) fn find_mut(&mut self, id: CommandId) -> Option<&mut Request> {
+        self.requests.get_mut(place(id)).filter(|(known, _)| *known == id).map(|(_, request)| request)
+    }
+
+    pub(super) fn remove(&mut self, id: CommandId) -> Option<Request> {
+        self.find(id)?;
+        self.requests.try_remove(place(id)).map(|(_, request)| request)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (CommandId, &Request)> {
+        self.requests.iter().map(|(_, (id, request))| (*id, request))
+    }
+}
+
+fn place(id: CommandId) -> usize {
+    usize::try_from(id.0 & ((1 << PLACE_BITS) - 1)).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use block::ByteRange;
+
+    use super::*;
+
+    fn request(offset: u64) -> Request {
+        let range = ByteRange::new(offset, 1).unwrap();
+        Request {
+            connection: None,
+            key: GroupKey(0),
+            volume: VolumeIndex(0),
+            cookie: Cookie::default(),
+            command: HostCommand::Read { range },
+            payload: HostPayload::Nothing,
+            parts: Parts::default(),
+            extents: Vec::new(),
+            started: Monotonic(0),
+        }
+    }
+
+    #[test]
+    fn a_late_answer_does_not_meet_the_next_request_in_its_place() {
+        let mut requests = Requests::default();
+        let old = requests.insert(request(1));
+        assert!(requests.remove(old).is_some());
+        let new = requests.insert(request(2));
+        assert_eq!(place(old), place(new));
+        assert!(requests.find(old).is_none() && requests.remove(old).is_none());
+        assert!(requests.find_mut(new).is_some_and(|request| request.command.range().unwrap().offset() == 2));
+    }
+
+    #[test]
+    fn parts_come_in_order_however_they_ended() {
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let mut parts = Parts::default();
+            order.iter().for_each(|offset| parts.push(*offset, Bytes::new()));
+            let offsets: Vec<u64> = parts.into_ordered().map(|(offset, _)| offset).collect();
+            assert_eq!(offsets, [0, 1, 2]);
+        }
+    }
+}
