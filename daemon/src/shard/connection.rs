@@ -14,6 +14,7 @@ use super::command::HostConnection;
 use super::datapath::Pending;
 use super::output::Output;
 use super::requests::{HostPayload, Parts, Request};
+use super::tls::TlsSession;
 use super::{GroupKey, Shard, holes};
 
 /// Bytes received at once.
@@ -33,11 +34,11 @@ const SHARE: usize = 4;
 pub(super) struct ConnectionId(pub(super) usize);
 
 /// A write whose payload is still arriving.
-struct Arriving {
-    cookie: Cookie,
-    command: HostCommand,
-    buffer: Buffer,
-    filled: usize,
+pub(super) struct Arriving {
+    pub(super) cookie: Cookie,
+    pub(super) command: HostCommand,
+    pub(super) buffer: Buffer,
+    pub(super) filled: usize,
 }
 
 /// A read or write that waits for memory.
@@ -48,7 +49,7 @@ struct Waiting {
     length: usize,
 }
 
-enum Intake {
+pub(super) enum Intake {
     /// Nothing is being received: commands or memory are awaited.
     Paused,
     /// A receive is on its way.
@@ -61,23 +62,25 @@ enum Intake {
 pub(super) struct Connection {
     pub(super) key: GroupKey,
     pub(super) volume: VolumeIndex,
-    socket: Socket,
+    pub(super) socket: Socket,
+    /// Its TLS, if it is not in clear text.
+    pub(super) tls: Option<Box<TlsSession>>,
     transmission: Transmission,
-    intake: Intake,
+    pub(super) intake: Intake,
     /// The receive buffer while it is not with the kernel, and which part of it is not parsed.
-    input: Option<Buffer>,
-    unparsed: std::ops::Range<usize>,
-    arriving: Option<Arriving>,
+    pub(super) input: Option<Buffer>,
+    pub(super) unparsed: std::ops::Range<usize>,
+    pub(super) arriving: Option<Arriving>,
     /// The last request was a large write.
     bulky: bool,
     waiting: Option<Waiting>,
     commands: usize,
     /// Bytes of its commands on their way, with those of replies that are not sent.
     bytes: usize,
-    output: Output,
+    pub(super) output: Output,
     /// Closes as soon as its commands are answered.
     ending: bool,
-    closed: bool,
+    pub(super) closed: bool,
     /// Its host, and whether it was let in to read only.
     peer: Peer,
     read_only: bool,
@@ -85,6 +88,12 @@ pub(super) struct Connection {
 }
 
 impl Connection {
+    /// True if it wants no more, and everything is answered and sent.
+    pub(super) fn is_over(&self) -> bool {
+        let ended = self.ending || matches!(self.intake, Intake::Ended);
+        ended && self.commands == 0 && self.output.is_flushed()
+    }
+
     /// True if nothing is left to be sent.
     pub(super) fn is_flushed(&self) -> bool {
         self.output.is_flushed()
@@ -94,11 +103,6 @@ impl Connection {
 impl Shard {
     pub(super) fn connect(&mut self, key: GroupKey, volume: VolumeId, connection: HostConnection) {
         let HostConnection { socket, tls, peer, negotiated, early, place } = connection;
-        if tls.is_some() {
-            // Not served yet; in clear text it must not be.
-            let _ = socket.shutdown();
-            return;
-        }
         let index = self.volume_index(key, volume);
         let served = self.groups.get_mut(&key).filter(|served| served.group.is_presented());
         let (Some(index), Some(served)) = (index, served) else {
@@ -115,6 +119,7 @@ impl Shard {
             key,
             volume: index,
             socket,
+            tls,
             transmission: Transmission::new(&negotiated),
             intake: Intake::Paused,
             input: Some(input),
@@ -141,7 +146,14 @@ impl Shard {
             let Some(connection) = self.connections.get_mut(id.0) else {
                 return;
             };
-            if connection.closed || connection.arriving.is_some() || connection.waiting.is_some() {
+            if connection.closed || connection.waiting.is_some() {
+                break;
+            }
+            if connection.arriving.is_some() {
+                // In clear text the kernel receives the rest of a payload; through TLS some of it may be here.
+                if self.fill_arriving(id) {
+                    continue;
+                }
                 break;
             }
             if connection.ending || connection.output.is_clogged() {
@@ -155,6 +167,7 @@ impl Shard {
             let parsed = connection.transmission.parse(unparsed);
             connection.unparsed.start += parsed.consumed;
             match parsed.event {
+                Event::NeedMore if connection.refill() => {}
                 Event::NeedMore => break,
                 Event::Request { cookie, command } => {
                     connection.bulky = false;
@@ -262,7 +275,8 @@ impl Shard {
             return;
         }
         let socket = connection.socket.clone();
-        let (pending, buffer, range, fill) = match connection.arriving.take() {
+        let arriving = connection.arriving.take_if(|_| connection.tls.is_none());
+        let (pending, buffer, range, fill) = match arriving {
             Some(Arriving { cookie, command, buffer, filled }) => {
                 let range = filled..buffer.len();
                 let missing = range.len();
@@ -273,7 +287,8 @@ impl Shard {
                     return;
                 };
                 assert!(connection.unparsed.is_empty(), "a parser that needs more has used everything");
-                let most = if connection.bulky { RECEIVE_BYTES_BULKY } else { input.len() };
+                let bulky = connection.bulky && connection.tls.is_none();
+                let most = if bulky { RECEIVE_BYTES_BULKY } else { input.len() };
                 let range = 0..most.min(input.len());
                 (Pending::Receive { id }, input, range, false)
             }
@@ -286,9 +301,13 @@ impl Shard {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
+        let some = count.is_some_and(|count| count > 0);
+        if connection.tls.is_some() && some && !connection.closed {
+            return self.received_sealed(id, buffer, count.unwrap_or(0));
+        }
         connection.input = Some(buffer);
         connection.unparsed = 0..count.unwrap_or(0);
-        self.received_some(id, count.unwrap_or(0) > 0);
+        self.received_some(id, some);
     }
 
     pub(super) fn received_payload(
@@ -308,7 +327,7 @@ impl Shard {
         self.received_some(id, whole);
     }
 
-    fn received_some(&mut self, id: ConnectionId, some: bool) {
+    pub(super) fn received_some(&mut self, id: ConnectionId, some: bool) {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
@@ -332,7 +351,7 @@ impl Shard {
         }
     }
 
-    fn submit_command(
+    pub(super) fn submit_command(
         &mut self,
         id: ConnectionId,
         cookie: Cookie,
@@ -425,13 +444,15 @@ impl Shard {
         if connection.closed {
             return;
         }
-        if let Some(pieces) = connection.output.begin_send() {
+        if connection.tls.is_some() {
+            return self.send_sealed(id);
+        }
+        if let Some(pieces) = connection.output.begin_send(usize::MAX) {
             let socket = connection.socket.clone();
             return self
                 .submit(Pending::Send { id }, Operation::Send { socket, data: Payload::Many(pieces) });
         }
-        let ended = connection.ending || matches!(connection.intake, Intake::Ended);
-        if ended && connection.commands == 0 && connection.output.is_flushed() {
+        if connection.is_over() {
             self.close(id);
         }
     }

@@ -13,6 +13,7 @@ mod mirror_io;
 mod output;
 mod requests;
 mod sealing;
+mod secured;
 mod tls;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};

@@ -157,6 +157,11 @@ impl TlsSession {
         Ok(())
     }
 
+    /// True after [`Self::close`], or when no more can be sealed.
+    pub const fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     /// Ends this side in order and appends the alert that says so to `out`.
     ///
     /// # Errors
