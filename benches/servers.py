@@ -93,10 +93,22 @@ class Server:
                 ticks += sum(int(field) for field in child[11:15])
         return ticks / TICKS
 
-    def run_seconds(self):
-        """As cpu_seconds, of the live threads alone and to the nanosecond: for servers that do next to nothing."""
-        files = pathlib.Path(f"/proc/{self.pid}/task").glob("*/schedstat")
-        return sum(int(file.read_text().split()[0]) for file in files) / 1e9
+    def busy_percent(self, seconds):
+        """How much of a core the process uses over some time, to the nanosecond: for servers that do next to nothing.
+
+        A thread that ends meanwhile counts as idle.
+        """
+        before, start = self.thread_times(), time.monotonic()
+        time.sleep(seconds)
+        used = sum(now - before.get(thread, 0) for thread, now in self.thread_times().items())
+        return used / 1e7 / (time.monotonic() - start)
+
+    def thread_times(self):
+        times = {}
+        for folder in pathlib.Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                times[folder.name] = int((folder / "schedstat").read_text().split()[0])
+        return times
 
     def memory_mib(self, field="VmRSS"):
         """Resident memory; with VmHWM its peak since reset_peak."""

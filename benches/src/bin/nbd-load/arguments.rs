@@ -38,6 +38,9 @@ pub(crate) struct Arguments {
     /// Report the gaps between the completions of each connection; only with a queue depth of 1
     #[arg(long)]
     spacing: bool,
+    /// Go over each export once, however long it takes; only with the patterns read and write
+    #[arg(long)]
+    once: bool,
     /// The server's process, to report its CPU time per I/O
     #[arg(long)]
     pub(crate) pid: Option<u32>,
@@ -58,6 +61,16 @@ impl Arguments {
     /// The length of the run before the measurement.
     pub(crate) fn warmup(&self) -> Duration {
         Duration::from_secs(u64::from(self.warmup_seconds))
+    }
+
+    /// Whether to end when each block had its request.
+    ///
+    /// # Errors
+    /// When it is asked for with a pattern that does not go from block to block.
+    pub(crate) fn once(&self) -> Result<bool> {
+        let in_order = matches!(self.pattern, Pattern::Read | Pattern::Write);
+        ensure!(!self.once || in_order, "--once needs --pattern read or write");
+        Ok(self.once)
     }
 
     /// Whether to measure gaps.

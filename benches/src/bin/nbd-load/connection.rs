@@ -86,13 +86,15 @@ impl Connection {
         self.started.len() - self.free.len()
     }
 
-    /// Makes a request of each free cookie.
+    /// Makes a request of each free cookie, as long as there are offsets.
     pub(crate) fn fill(&mut self, now: Instant) {
         let kind = if self.shape.writes { COMMAND_WRITE } else { COMMAND_READ };
-        while let Some(cookie) = self.free.pop() {
+        while let Some(cookie) = self.free.last().copied() {
+            let Some(offset) = self.offsets.next() else { break };
+            self.free.pop();
             let slot = usize::try_from(cookie).ok().and_then(|index| self.started.get_mut(index));
             *slot.expect("each cookie has a slot") = Some(now);
-            self.outgoing.push_back(request(kind, cookie, self.offsets.next(), self.shape.block_bytes));
+            self.outgoing.push_back(request(kind, cookie, offset, self.shape.block_bytes));
         }
     }
 
@@ -236,7 +238,7 @@ mod tests {
     fn pair(writes: bool, block_bytes: u32, depth: u16) -> (Connection, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let offsets = Offsets::sequential(u64::from(block_bytes), 100, 0);
+        let offsets = Offsets::around(u64::from(block_bytes), 100, 0);
         (Connection::new(ours.into(), 0, Shape { writes, block_bytes }, offsets, depth), theirs)
     }
 

@@ -30,6 +30,8 @@ pub(crate) struct Driver {
     /// What each write sends.
     payload: Vec<u8>,
     meter: Meter,
+    /// Whether the offsets have an end.
+    once: bool,
 }
 
 impl Driver {
@@ -45,7 +47,7 @@ impl Driver {
             for nth in 0..arguments.connections {
                 let opened = handshake::open(target)?;
                 let index = u64::try_from(connections.len())?;
-                let offsets = offsets(arguments, opened.size_bytes, nth, index)
+                let offsets = offsets(arguments, opened.size_bytes, nth, index)?
                     .with_context(|| format!("{target} is smaller than a block"))?;
                 let flags = epoll::EventFlags::IN;
                 epoll::add(&epoll, &opened.socket, epoll::EventData::new_u64(index), flags)?;
@@ -67,6 +69,7 @@ impl Driver {
             buffer: vec![0; BUFFER_BYTES],
             payload,
             meter: Meter::new(arguments.spacing()?),
+            once: arguments.once()?,
         })
     }
 
@@ -79,14 +82,23 @@ impl Driver {
     /// # Errors
     /// When a connection breaks, or the server's process is not there.
     pub(crate) fn run(mut self, arguments: &Arguments) -> Result<Measured> {
-        self.fill_all()?;
-        self.turn_until(Instant::now() + arguments.warmup(), true)?;
         let client = std::process::id();
+        if !self.once {
+            self.fill_all()?;
+            self.turn_until(Instant::now() + arguments.warmup(), true)?;
+        }
         let server_cpu = arguments.pid.map(cpu_time).transpose()?;
         let client_cpu = cpu_time(client)?;
         self.meter.start();
         let start = Instant::now();
-        self.turn_until(start + arguments.duration(), true)?;
+        if self.once {
+            self.fill_all()?;
+            while self.busy() {
+                self.turn(Instant::now() + DRAIN, true)?;
+            }
+        } else {
+            self.turn_until(start + arguments.duration(), true)?;
+        }
         self.meter.stop();
         let elapsed = start.elapsed();
         let client_cpu = cpu_time(client)?.saturating_sub(client_cpu);
@@ -129,11 +141,15 @@ impl Driver {
 
     fn drain(&mut self) -> Result<()> {
         let deadline = Instant::now() + DRAIN;
-        while self.connections.iter().any(|connection| connection.in_flight() > 0) {
+        while self.busy() {
             ensure!(Instant::now() < deadline, "requests are unanswered after {} s", DRAIN.as_secs());
             self.turn(deadline, false)?;
         }
         Ok(())
+    }
+
+    fn busy(&self) -> bool {
+        self.connections.iter().any(|connection| connection.in_flight() > 0)
     }
 
     fn turn_until(&mut self, deadline: Instant, more: bool) -> Result<()> {
@@ -190,19 +206,20 @@ impl Driver {
 }
 
 /// Where the `nth` connection to an export goes; none if the export holds no block.
-fn offsets(arguments: &Arguments, size_bytes: u64, nth: u32, index: u64) -> Option<Offsets> {
+fn offsets(arguments: &Arguments, size_bytes: u64, nth: u32, index: u64) -> Result<Option<Offsets>> {
     let block_bytes = u64::from(arguments.block);
     let blocks = size_bytes / block_bytes;
     if blocks == 0 {
-        return None;
+        return Ok(None);
     }
-    Some(match arguments.pattern {
+    let (nth, parts) = (u64::from(nth), u64::from(arguments.connections));
+    Ok(Some(match arguments.pattern {
         Pattern::Randread | Pattern::Randwrite => {
             Offsets::random(block_bytes, blocks, arguments.seed.wrapping_add(index << 32))
         }
+        Pattern::Read | Pattern::Write if arguments.once()? => Offsets::once(block_bytes, blocks, nth, parts),
         Pattern::Read | Pattern::Write | Pattern::Idle => {
-            let share = blocks / u64::from(arguments.connections);
-            Offsets::sequential(block_bytes, blocks, share * u64::from(nth))
+            Offsets::around(block_bytes, blocks, blocks / parts * nth)
         }
-    })
+    }))
 }
