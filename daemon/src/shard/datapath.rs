@@ -182,7 +182,6 @@ impl Shard {
 
     /// Counts a group's operations on their way.
     pub(super) fn count(&mut self, key: GroupKey, change: isize) {
-        self.storage = self.storage.saturating_add_signed(change);
         if let Some(served) = self.groups.get_mut(&key) {
             served.outstanding = served.outstanding.saturating_add_signed(change);
         }

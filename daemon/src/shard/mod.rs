@@ -27,7 +27,7 @@ use block::{Monotonic, VolumeId, VolumeIndex, WallTime};
 use bytes::Bytes;
 use replicator::Wake;
 use slab::Slab;
-use store::{BufferPool, Completion, Gather, Operation, Ring, Token, Waker};
+use store::{BufferPool, Completion, Operation, Ring, Token, Waker};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::group::{CleanState, Group};
@@ -50,12 +50,6 @@ use sealing::Sealing;
 const RING_ENTRIES: u32 = 1024;
 /// The longest write of raw zeros at once: a step's length.
 const ZEROS_BYTES: usize = 1 << 20;
-/// Of this many storage operations on their way, one completion is waited for with the others...
-const GATHER_SHARE: usize = 4;
-/// ...up to so many...
-const GATHER_MAX: u32 = 16;
-/// ...and for so long.
-const GATHER_WITHIN: Duration = Duration::from_micros(30);
 /// A shard without work and timers wakes up this often, to notice a clock that was wrong.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
 
@@ -135,8 +129,6 @@ struct Shard {
     /// The clocks at the beginning of this turn.
     now: Monotonic,
     wall: WallTime,
-    /// Storage operations on their way, of all groups.
-    storage: usize,
 }
 
 /// Starts shard `index`; its news carry the index. `receive_bytes` bounds the memory of requests on their way.
@@ -205,7 +197,6 @@ impl Shard {
             stopping: false,
             now: monotonic(),
             wall: wall(),
-            storage: 0,
         }
     }
 
@@ -214,8 +205,7 @@ impl Shard {
         let mut completions: Vec<Completion> = Vec::with_capacity(256);
         while !self.stopping {
             let timeout = self.timeout();
-            let gather = self.gather();
-            match self.ring.wait_gathering(Some(timeout), gather, &mut completions) {
+            match self.ring.wait(Some(timeout), &mut completions) {
                 Ok(_) => {}
                 Err(error) => {
                     tracing::error!(shard = self.index, %error, "io_uring failed: the shard stops");
@@ -250,13 +240,6 @@ impl Shard {
     fn read_clocks(&mut self) {
         self.now = monotonic();
         self.wall = wall();
-    }
-
-    /// A turn that takes several completions costs less for each (fewer system calls, fuller sends), and while many
-    /// operations are in flight one of them is late by less than the device takes for it. A lone request never waits.
-    fn gather(&self) -> Gather {
-        let count = u32::try_from(self.storage / GATHER_SHARE).unwrap_or(1).min(GATHER_MAX);
-        Gather { count, within: GATHER_WITHIN }
     }
 
     fn take_commands(&mut self) {

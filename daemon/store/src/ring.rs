@@ -56,15 +56,6 @@ pub struct Ring {
     _one_thread: PhantomData<*const ()>,
 }
 
-/// How long a wait may hold completions back, so that more of them come together. Kernels before Linux 6.12 do not.
-#[derive(Clone, Copy, Debug)]
-pub struct Gather {
-    /// Completions to wait for; with fewer the wait ends when `within` is over.
-    pub count: u32,
-    /// The time for them.
-    pub within: Duration,
-}
-
 enum Step {
     Start(Handle),
     Cancel(Handle),
@@ -159,20 +150,6 @@ impl Ring {
     ///
     /// If the ring itself is broken; there is no way on but to drop it.
     pub fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> io::Result<bool> {
-        self.wait_gathering(timeout, Gather { count: 1, within: Duration::ZERO }, out)
-    }
-
-    /// As [`wait`](Self::wait), but lets completions gather first: a turn that takes several costs less for each.
-    ///
-    /// # Errors
-    ///
-    /// As [`wait`](Self::wait).
-    pub fn wait_gathering(
-        &mut self,
-        timeout: Option<Duration>,
-        gather: Gather,
-        out: &mut Vec<Completion>,
-    ) -> io::Result<bool> {
         let before = out.len();
         self.start_queued()?;
         out.append(&mut self.ended);
@@ -184,9 +161,6 @@ impl Ring {
         let wait = match timeout {
             _ if out.len() > before => Wait::Poll,
             Some(Duration::ZERO) => Wait::Poll,
-            Some(at_most) if gather.count > 1 && at_most > gather.within => {
-                Wait::Gather { at_most, count: gather.count, within: gather.within }
-            }
             Some(timeout) => Wait::AtMost(timeout),
             None => Wait::Completion,
         };

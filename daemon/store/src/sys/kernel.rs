@@ -38,8 +38,6 @@ pub(crate) enum Wait {
     Completion,
     /// Until something completes or the time is over.
     AtMost(Duration),
-    /// The same, but within the time `within` for `count` completions rather than one.
-    Gather { at_most: Duration, count: u32, within: Duration },
 }
 
 /// The ring and all flights, those that wait to be pushed included.
@@ -158,17 +156,6 @@ impl Kernel {
                 timespec = Timespec::from(duration);
                 arguments = arguments.timespec(&timespec);
                 1
-            }
-            Wait::Gather { at_most, count, within } => {
-                timespec = Timespec::from(at_most);
-                arguments = arguments.timespec(&timespec);
-                if self.uring.params().is_feature_min_timeout() {
-                    let within = u32::try_from(within.as_micros()).unwrap_or(u32::MAX);
-                    arguments = arguments.min_wait_usec(within);
-                    count.max(1)
-                } else {
-                    1
-                }
             }
         };
         let flags = ENTER_GETEVENTS | ENTER_EXT_ARG;
