@@ -2,7 +2,8 @@
 //!
 //! An EVP context holds a key of one direction and is changed by every data unit. A volume's cipher is shared
 //! between threads, so each direction keeps a keyed context that only copies are made of, and one spare copy that
-//! a request takes for its time. Requests that come while the spare is taken work on a copy of their own.
+//! a request takes for its time. Requests that come while the spare is taken work on a copy of their own. A copy for
+//! every request would cost 80 ns, a tenth of the speed at 4 KiB.
 #![allow(unsafe_code, reason = "calls of a C library")]
 
 use std::ffi::c_int;

@@ -58,7 +58,7 @@ impl VolumeCipher {
 
     /// The engine of [`VolumeCipher::new`], for logs and status.
     pub fn engine_name() -> &'static str {
-        Engine::preferred().name()
+        Engine::preferred().description()
     }
 }
 
