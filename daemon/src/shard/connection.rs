@@ -6,6 +6,8 @@
 use block::{ByteRange, Extent, HostCommand, VolumeId, VolumeIndex};
 use bytes::Bytes;
 use control::{Peer, VolumeAccess};
+use engine::STEP_BYTES_MAX;
+use engine::volume::STEPS_IN_FLIGHT_MAX;
 use frontend::nbd::{Cookie, Event, ReplyStyle, Transmission};
 use store::{Buffer, Operation, Payload, Socket};
 use tokio::sync::OwnedSemaphorePermit;
@@ -227,13 +229,14 @@ impl Shard {
         let Some(Waiting { cookie, command, length }) = connection.waiting else {
             return true;
         };
-        let own_full = connection.bytes > 0 && connection.bytes + length > self.request_bytes_max / SHARE;
-        let all_full = self.request_bytes > 0 && self.request_bytes + length > self.request_bytes_max;
+        let charged = charge(&command);
+        let own_full = connection.bytes > 0 && connection.bytes + charged > self.request_bytes_max / SHARE;
+        let all_full = self.request_bytes > 0 && self.request_bytes + charged > self.request_bytes_max;
         if own_full || all_full {
             return false;
         }
-        connection.bytes += length;
-        self.request_bytes += length;
+        connection.bytes += charged;
+        self.request_bytes += charged;
         connection.waiting = None;
         if !matches!(command, HostCommand::Write { .. }) {
             self.submit_command(id, cookie, command, HostPayload::Nothing);
@@ -570,9 +573,14 @@ fn put_read(output: &mut Output, style: ReplyStyle, cookie: Cookie, range: ByteR
     hidden
 }
 
-/// Bytes that a command holds while it is on its way.
+/// Bytes that a command holds while it is on its way: those of a write that is cut into steps twice, once in its own
+/// buffer and once in the steps'.
 pub(super) fn charge(command: &HostCommand) -> usize {
+    const STEPS_BYTES_MAX: u64 = STEP_BYTES_MAX * (STEPS_IN_FLIGHT_MAX as u64);
     let length = match command {
+        HostCommand::Write { range, .. } if range.length() > STEP_BYTES_MAX => {
+            range.length() + range.length().min(STEPS_BYTES_MAX)
+        }
         HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
         HostCommand::Flush
         | HostCommand::Trim { .. }

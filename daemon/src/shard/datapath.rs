@@ -333,9 +333,9 @@ impl Shard {
         });
     }
 
-    /// One turn of sealing and opening.
-    pub(super) fn work_sealing(&mut self) {
-        for job in self.sealing.turn() {
+    /// Seals and opens at most `budget` bytes.
+    pub(super) fn work_sealing(&mut self, budget: &mut usize) {
+        for job in self.sealing.turn(budget) {
             let (key, volume) = (job.key, job.volume);
             match job.then {
                 Then::Deliver { step, command, device, wanted } => {

@@ -44,12 +44,16 @@ use datapath::Pending;
 use meters::VolumeMeters;
 use mirror_io::Link;
 use requests::Requests;
-use sealing::Sealing;
+use sealing::{Sealing, TURN_BYTES};
 
 /// Submissions that one system call takes to the kernel.
 const RING_ENTRIES: u32 = 1024;
 /// The longest write of raw zeros at once: a step's length.
 const ZEROS_BYTES: usize = 1 << 20;
+/// Rounds of sealing and effects in one turn; a command needs two or three.
+const ROUNDS_MAX: usize = 8;
+/// A shard that was idle for so long gives resting memory back to the system.
+const IDLE_TRIM: Duration = Duration::from_secs(2);
 /// A shard without work and timers wakes up this often, to notice a clock that was wrong.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
 
@@ -203,8 +207,11 @@ impl Shard {
     /// Turns until it is told to stop.
     fn run(mut self) {
         let mut completions: Vec<Completion> = Vec::with_capacity(256);
+        // When the shard last had something to do, until its resting memory was given back.
+        let mut busy_at = Some(self.now);
         while !self.stopping {
-            let timeout = self.timeout();
+            let rest = if busy_at.is_some() { IDLE_TRIM } else { SLEEP_MAX };
+            let timeout = self.timeout().min(rest);
             match self.ring.wait(Some(timeout), &mut completions) {
                 Ok(_) => {}
                 Err(error) => {
@@ -213,6 +220,11 @@ impl Shard {
                 }
             }
             self.read_clocks();
+            if !completions.is_empty() {
+                busy_at = Some(self.now);
+            } else if busy_at.take_if(|at| self.now.since(*at) >= IDLE_TRIM).is_some() {
+                self.pool.trim();
+            }
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
@@ -221,11 +233,23 @@ impl Shard {
                 self.pump_links(key);
             }
             self.fire_timers();
-            self.work_sealing();
-            self.turn_groups();
+            self.work();
             self.feed_starved();
             self.send_replies();
             self.finish_draining();
+        }
+    }
+
+    /// Seals and opens, and performs the effects of the groups that something happened to, until neither leads to more
+    /// of the other: what a write's payload or a read's data leads to reaches the kernel with one system call.
+    fn work(&mut self) {
+        let mut budget = TURN_BYTES;
+        for _ in 0..ROUNDS_MAX {
+            self.work_sealing(&mut budget);
+            self.turn_groups();
+            if self.touched.is_empty() && (self.sealing.is_empty() || budget == 0) {
+                return;
+            }
         }
     }
 

@@ -24,6 +24,8 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 const HANDSHAKES_MAX: usize = 256;
 /// A host that is silent for so long is asked whether it is still there; after twice as long it is given up.
 const HOST_SILENCE: Duration = Duration::from_secs(30);
+/// Bytes that the kernel queues for a host on this machine.
+const UNIX_SEND_BYTES: usize = 1 << 20;
 /// After a failed accept (out of descriptors) the listener rests.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -118,6 +120,8 @@ fn into_tcp(stream: TcpStream) -> io::Result<OwnedFd> {
 }
 
 fn into_unix(stream: UnixStream) -> io::Result<OwnedFd> {
+    // A longer queue of replies lets a large read be sent in one go; the system's bound on it is fine as well.
+    let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BYTES);
     Ok(stream.into_std()?.into())
 }
 

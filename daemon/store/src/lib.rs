@@ -18,9 +18,9 @@ mod pool;
 mod progress;
 mod ring;
 mod socket;
-mod survey;
 mod sys;
 mod waker;
+mod worker;
 
 pub use file::{File, FileError};
 pub use operation::{Completion, Operation, Returned, Token};

@@ -14,9 +14,9 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::progress::Next;
-use crate::survey::{Survey, Surveyor};
 use crate::sys::flight::{Handle, Job};
 use crate::sys::kernel::{Kernel, Wait};
+use crate::worker::Worker;
 use crate::{Completion, Operation, Token, Waker};
 
 /// The longest wait while steps are still queued because the kernel had no room for them.
@@ -49,7 +49,9 @@ pub struct Ring {
     ended: Vec<Completion>,
     /// Scratch space for one round of results.
     results: Vec<(Handle, i32)>,
-    surveyor: Surveyor,
+    surveyor: Worker,
+    /// For the page cache.
+    writer: Worker,
     waker: Waker,
     woken: bool,
     /// The kernel takes submissions from one thread only.
@@ -88,7 +90,8 @@ impl Ring {
             queued: VecDeque::from([Step::Start(waking)]),
             ended: Vec::new(),
             results: Vec::new(),
-            surveyor: Surveyor::new(waker.clone()),
+            surveyor: Worker::new("survey", waker.clone()),
+            writer: Worker::new("page-writer", waker.clone()),
             waker,
             woken: false,
             _one_thread: PhantomData,
@@ -102,7 +105,7 @@ impl Ring {
 
     /// Operations submitted whose completion was not handed out yet.
     pub fn in_flight(&self) -> usize {
-        self.kernel.len() - 1 + self.ended.len() + self.surveyor.in_flight()
+        self.kernel.len() - 1 + self.ended.len() + self.surveyor.in_flight() + self.writer.in_flight()
     }
 
     /// Queues an operation; the next [`wait`](Self::wait) starts it. It never fails and has no bound of its own: the
@@ -114,16 +117,27 @@ impl Ring {
     /// second send or receive on one socket.
     pub fn submit(&mut self, token: Token, operation: Operation) {
         operation.admit();
-        if let Operation::Survey { file, offset, length, extents_max } = operation {
-            return self.surveyor.submit(Survey { token, file, offset, length, extents_max });
-        }
         if operation.length() == Some(0) {
             let returned = operation.into_returned();
             self.ended.push(Completion { token, result: Ok(0), returned });
             return;
         }
-        let handle = self.kernel.insert(token, Job::Operate(operation));
-        self.queued.push_back(Step::Start(handle));
+        match &operation {
+            Operation::Survey { .. } => self.surveyor.submit(token, operation),
+            Operation::Write { file, durable: false, .. } if !file.is_direct() => {
+                self.writer.submit(token, operation);
+            }
+            Operation::Read { .. }
+            | Operation::Write { .. }
+            | Operation::Fdatasync { .. }
+            | Operation::ZeroRange { .. }
+            | Operation::Prefetch { .. }
+            | Operation::Receive { .. }
+            | Operation::Send { .. } => {
+                let handle = self.kernel.insert(token, Job::Operate(operation));
+                self.queued.push_back(Step::Start(handle));
+            }
+        }
     }
 
     /// Gives up the receives and sends of a token; disk operations always run to their end. Each still completes,
@@ -172,6 +186,7 @@ impl Ring {
         }
         self.results = results;
         self.surveyor.collect(&mut self.ended);
+        self.writer.collect(&mut self.ended);
         out.append(&mut self.ended);
         Ok(mem::take(&mut self.woken))
     }

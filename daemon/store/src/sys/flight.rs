@@ -138,7 +138,7 @@ impl Flight {
                         opcode::Fadvise::new(Fd(file.as_raw_fd()), length, libc::POSIX_FADV_WILLNEED);
                     advise.offset(*offset).build()
                 }
-                // Surveys are not the kernel ring's: see `survey`.
+                // A worker does these.
                 Operation::Survey { .. } => opcode::Nop::new().build(),
                 Operation::ZeroRange { file, offset, length } => {
                     let mode = zero_mode(self.progress.zero_step).bits().cast_signed();
