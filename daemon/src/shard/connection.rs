@@ -75,6 +75,8 @@ pub(super) struct Connection {
     pub(super) arriving: Option<Arriving>,
     /// The last request was a large write.
     bulky: bool,
+    /// The last receive got all that there was.
+    quiet: bool,
     waiting: Option<Waiting>,
     commands: usize,
     /// Bytes of its commands on their way, with those of replies that are not sent.
@@ -128,6 +130,7 @@ impl Shard {
             unparsed: 0..parsed,
             arriving: None,
             bulky: false,
+            quiet: true,
             waiting: None,
             commands: 0,
             bytes: 0,
@@ -279,11 +282,11 @@ impl Shard {
         }
         let socket = connection.socket.clone();
         let arriving = connection.arriving.take_if(|_| connection.tls.is_none());
-        let (pending, buffer, range, fill) = match arriving {
+        let (pending, buffer, range, fill, quiet) = match arriving {
             Some(Arriving { cookie, command, buffer, filled }) => {
                 let range = filled..buffer.len();
                 let missing = range.len();
-                (Pending::ReceivePayload { id, cookie, command, missing }, buffer, range, true)
+                (Pending::ReceivePayload { id, cookie, command, missing }, buffer, range, true, false)
             }
             None => {
                 let Some(input) = connection.input.take() else {
@@ -293,11 +296,11 @@ impl Shard {
                 let bulky = connection.bulky && connection.tls.is_none();
                 let most = if bulky { RECEIVE_BYTES_BULKY } else { input.len() };
                 let range = 0..most.min(input.len());
-                (Pending::Receive { id }, input, range, false)
+                (Pending::Receive { id }, input, range, false, connection.quiet)
             }
         };
         connection.intake = Intake::Receiving;
-        self.submit(pending, Operation::Receive { socket, buffer, range, fill });
+        self.submit(pending, Operation::Receive { socket, buffer, range, fill, quiet });
     }
 
     pub(super) fn received(&mut self, id: ConnectionId, buffer: Buffer, count: Option<usize>) {
@@ -305,6 +308,8 @@ impl Shard {
             return;
         };
         let some = count.is_some_and(|count| count > 0);
+        let asked = if connection.bulky { RECEIVE_BYTES_BULKY } else { buffer.len() };
+        connection.quiet = count.is_some_and(|count| count < asked);
         if connection.tls.is_some() && some && !connection.closed {
             return self.received_sealed(id, buffer, count.unwrap_or(0));
         }

@@ -85,6 +85,7 @@ fn receive(socket: &Socket, pool: &BufferPool, length: usize, fill: bool) -> Ope
         buffer: pool.try_take(length).unwrap(),
         range: 0..length,
         fill,
+        quiet: false,
     }
 }
 

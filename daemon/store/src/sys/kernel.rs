@@ -109,7 +109,9 @@ impl Kernel {
         let flight = self.flights.get_mut(handle.key()).filter(|flight| flight.handle == handle);
         let flight = flight.expect("only flights in custody are pushed");
         assert!(!flight.in_kernel, "one trip at a time");
-        let entry = flight.entry(&mut self.spare).user_data(handle.0);
+        // POLL_FIRST (Linux 5.19) is older than SINGLE_ISSUER (6.0).
+        let poll_first = self.uring.params().is_setup_single_issuer();
+        let entry = flight.entry(&mut self.spare, poll_first).user_data(handle.0);
         // SAFETY: all that the entry names is owned by the flight, at addresses that do not change when the flight
         // moves; `in_kernel` keeps it from being used or dropped until the completion is reaped.
         let pushed = unsafe { self.uring.submission().push(&entry) };
