@@ -214,7 +214,9 @@ fn garbage_closes_its_own_connection_only() -> Result<()> {
             wait_closed(&mut stream, PATIENCE)?;
         }
         // An HTTP client and a TLS client on the wrong port.
-        for greeting in [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"] {
+        for greeting in
+            [&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"]
+        {
             let mut stream = export.dial()?;
             stream.write_all(greeting)?;
             wait_closed(&mut stream, PATIENCE)?;

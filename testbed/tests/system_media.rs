@@ -48,7 +48,7 @@ impl Setting {
 
     fn state(&self) -> Result<String> {
         let shown = self.site.json("volume show data")?;
-        Ok(shown["state"].as_str().context("a state")?.to_owned())
+        Ok(shown.get("state").and_then(|state| state.as_str()).context("a state")?.to_owned())
     }
 }
 

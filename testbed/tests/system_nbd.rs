@@ -91,7 +91,11 @@ fn a_sparse_image_stays_sparse_both_ways() -> Result<()> {
         let before = site.metrics()?.value("farshore_volume_write_bytes_total", "").unwrap_or(0.0);
         run("nbdcopy", &["--connections=4", "--flush", &source, &uri])?;
         let after = site.metrics()?.value("farshore_volume_write_bytes_total", "").unwrap_or(0.0);
-        ensure!(after - before < 4.0 * 1_048_576.0, "{} bytes were written for 3 MiB of data", after - before);
+        ensure!(
+            after - before < 4.0 * 1_048_576.0,
+            "{} bytes were written for 3 MiB of data",
+            after - before
+        );
         let data = data_mebibytes(&site.export("data"))?;
         ensure!(data == [(0, 1), (100, 101), (255, 256)], "{data:?}");
 
