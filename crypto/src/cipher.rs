@@ -2,12 +2,10 @@
 
 use std::fmt;
 
-use aes::cipher::{Array, KeyInit};
-use aes::{Aes256, Aes256Enc};
 use block::{DATA_UNIT_BYTES, Lba};
 
-use crate::DataKey;
-use crate::xts::Xts;
+use crate::engine::Xts;
+use crate::{DataKey, Engine};
 
 /// Bytes in one data unit.
 const UNIT_BYTES: usize = 4096;
@@ -19,14 +17,23 @@ const _: () = assert!(DATA_UNIT_BYTES == 4096);
 /// integer (IEEE 1619-2007 section 5.1). That is dm-crypt's `aes-xts-plain64` with `sector_size:4096` and
 /// `iv_large_sectors`.
 pub struct VolumeCipher {
-    engine: Xts,
+    xts: Xts,
 }
 
 impl VolumeCipher {
-    /// Expands the key's two halves.
+    /// Expands the key for the preferred engine.
     pub fn new(key: &DataKey) -> Self {
-        let (data, tweak) = key.halves();
-        Self { engine: Xts::new(Aes256::new(&Array(*data)), Aes256Enc::new(&Array(*tweak))) }
+        Self::with_engine(Engine::preferred(), key)
+    }
+
+    /// Expands the key for `engine`.
+    pub fn with_engine(engine: Engine, key: &DataKey) -> Self {
+        Self { xts: engine.expand(key) }
+    }
+
+    /// The engine that the key was expanded for.
+    pub const fn engine(&self) -> Engine {
+        self.xts.engine()
     }
 
     /// Encrypts whole data units in place, the first of which is unit `first` of the volume.
@@ -35,7 +42,7 @@ impl VolumeCipher {
     /// If the length of `data` is not a multiple of 4096.
     pub fn seal(&self, first: Lba, data: &mut [u8]) {
         assert!(data.len().is_multiple_of(UNIT_BYTES), "whole data units only");
-        self.engine.encrypt(UNIT_BYTES, first.0, data);
+        self.xts.encrypt(UNIT_BYTES, u128::from(first.0), data);
     }
 
     /// Decrypts whole data units in place, the first of which is unit `first` of the volume.
@@ -46,12 +53,12 @@ impl VolumeCipher {
     /// If the length of `data` is not a multiple of 4096.
     pub fn open(&self, first: Lba, data: &mut [u8]) {
         assert!(data.len().is_multiple_of(UNIT_BYTES), "whole data units only");
-        self.engine.decrypt(UNIT_BYTES, first.0, data);
+        self.xts.decrypt(UNIT_BYTES, u128::from(first.0), data);
     }
 
-    /// What does the work, for logs and measurements.
+    /// The engine of [`VolumeCipher::new`], for logs and status.
     pub fn engine_name() -> &'static str {
-        if aes::hardware_accelerated() { "rustcrypto" } else { "rustcrypto-software" }
+        Engine::preferred().description()
     }
 }
 
@@ -63,7 +70,8 @@ impl fmt::Debug for VolumeCipher {
 
 #[cfg(test)]
 mod tests {
-    use aes::cipher::Array;
+    use aes::Aes256;
+    use aes::cipher::{Array, KeyInit};
     use proptest::prelude::*;
     use xts_mode::{Xts128, get_tweak_default};
 

@@ -71,6 +71,15 @@ impl DataKey {
         (&self.data, &self.tweak)
     }
 
+    /// Data key, then tweak key, in one piece.
+    pub(crate) fn concatenated(&self) -> Zeroizing<[u8; DATA_KEY_BYTES]> {
+        let mut bytes = Zeroizing::new([0; DATA_KEY_BYTES]);
+        let (data, tweak) = bytes.split_at_mut(HALF_BYTES);
+        data.copy_from_slice(&*self.data);
+        tweak.copy_from_slice(&*self.tweak);
+        bytes
+    }
+
     /// Compares all bytes, whatever they are, so that the time taken tells nothing about them.
     fn halves_are_equal(&self) -> bool {
         let pairs = self.data.iter().zip(self.tweak.iter());
@@ -93,11 +102,7 @@ impl KeyEncryptionKey {
 
     /// Wraps a data key (RFC 3394). The same key always gives the same wrap.
     pub fn wrap(&self, key: &DataKey) -> WrappedKey {
-        let mut bytes = Zeroizing::new([0; DATA_KEY_BYTES]);
-        let (data, tweak) = bytes.split_at_mut(HALF_BYTES);
-        data.copy_from_slice(&*key.data);
-        tweak.copy_from_slice(&*key.tweak);
-        WrappedKey(self.cipher.wrap_fixed_key::<U64>((&*bytes).into()).0)
+        WrappedKey(self.cipher.wrap_fixed_key::<U64>((&*key.concatenated()).into()).0)
     }
 
     /// Opens a wrapped data key (RFC 3394).

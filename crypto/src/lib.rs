@@ -6,11 +6,17 @@
 //!
 //! Sources: IEEE 1619-2007 (XTS), RFC 3394 (key wrap).
 
+#[cfg(feature = "aws-lc")]
+mod aws_lc;
 mod cipher;
+mod engine;
 mod key;
-mod xts;
+#[cfg(test)]
+mod oracle;
+mod rust_crypto;
 mod zero;
 
 pub use cipher::VolumeCipher;
+pub use engine::{Engine, EngineError};
 pub use key::{DataKey, KeyEncryptionKey, KeyError, KeyFingerprint, WRAPPED_KEY_BYTES, WrappedKey};
 pub use zeroize::Zeroizing;

@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use block::{ByteCount, VolumeName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use control::{Cache, HostPort, Iops, MirrorMode, MirrorState, Overload, Side, UnknownState, VolumeCreate};
+use control::{
+    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Side, TlsRule,
+    UnknownState, VolumeAccessChange, VolumeCreate,
+};
 
 /// Where a daemon started with `--config` listens if its settings do not say otherwise.
 const SOCKET_DEFAULT: &str = "/run/farshore/control.sock";
@@ -55,6 +58,16 @@ pub(crate) enum VolumeCommand {
         /// The volume's name.
         name: VolumeName,
     },
+    /// Make a volume larger; connections that exist keep the old size.
+    Resize {
+        /// The volume's name.
+        name: VolumeName,
+        /// The new size, as in 20GiB.
+        #[arg(long)]
+        size: ByteCount,
+    },
+    /// Show who may open a volume, or change it.
+    Access(VolumeAccessArguments),
     /// Delete a volume and its data.
     Delete {
         /// The volume's name.
@@ -78,6 +91,49 @@ pub(crate) struct VolumeCreateArguments {
     /// Bypass the page cache (none) or use it (page).
     #[arg(long, value_enum, default_value_t = CacheWord::None)]
     pub(crate) cache: CacheWord,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VolumeAccessArguments {
+    /// The volume's name.
+    pub(crate) name: VolumeName,
+    /// Whether the volume can be opened over TLS only.
+    #[arg(long, value_enum)]
+    pub(crate) tls: Option<TlsWord>,
+    /// Let no host write.
+    #[arg(long, conflicts_with = "read_write")]
+    pub(crate) read_only: bool,
+    /// Let hosts write, but for those listed as ro.
+    #[arg(long)]
+    pub(crate) read_write: bool,
+    /// List a host, by the name in its certificate; once there is a list, no other host may open the volume. Hosts can
+    /// write, unless the name ends with :ro. May be given several times.
+    #[arg(long, value_name = "IDENTITY[:ro|:rw]")]
+    pub(crate) allow: Vec<HostAccess>,
+    /// Take a host from the list; its connections are closed. May be given several times.
+    #[arg(long, value_name = "IDENTITY")]
+    pub(crate) revoke: Vec<HostIdentity>,
+    /// Empty the list first: if no --allow follows, any host may open the volume.
+    #[arg(long)]
+    pub(crate) any_host: bool,
+}
+
+impl VolumeAccessArguments {
+    /// What is to change; none if nothing was said.
+    pub(crate) fn change(&self) -> Option<VolumeAccessChange> {
+        let change = VolumeAccessChange {
+            tls: self.tls.map(Into::into),
+            read_only: match (self.read_only, self.read_write) {
+                (true, _) => Some(true),
+                (false, true) => Some(false),
+                (false, false) => None,
+            },
+            allow: self.allow.clone(),
+            revoke: self.revoke.clone(),
+            any_host: self.any_host,
+        };
+        (change != VolumeAccessChange::default()).then_some(change)
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -243,6 +299,7 @@ macro_rules! word {
 word!(CacheWord => Cache { None, Page });
 word!(ModeWord => MirrorMode { Async, Sync });
 word!(OverloadWord => Overload { Bitmap, Pace, Stop });
+word!(TlsWord => TlsRule { Optional, Required });
 word!(SideWord => Side { Local, Partner });
 
 #[cfg(test)]

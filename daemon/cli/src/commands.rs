@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
     CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorStart, PartnerAdd, VolumeCreate,
+    VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -75,7 +76,17 @@ impl Session {
     async fn volume(&self, command: VolumeCommand) -> anyhow::Result<()> {
         match command {
             VolumeCommand::Create(arguments) => {
-                self.ask(&Call::volume_create(&volume_create(arguments)), views::volume).await
+                self.make(&Call::volume_create(&volume_create(arguments))).await
+            }
+            VolumeCommand::Resize { name, size } => {
+                self.make(&Call::volume_resize(&name, VolumeResize { size_bytes: size })).await
+            }
+            VolumeCommand::Access(arguments) => {
+                let call = match arguments.change() {
+                    Some(change) => Call::volume_access_change(&arguments.name, &change),
+                    None => Call::volume_access(&arguments.name),
+                };
+                self.ask(&call, views::access).await
             }
             VolumeCommand::List => self.ask(&Call::volume_list(), |list| views::volumes(list)).await,
             VolumeCommand::Show { name } => self.ask(&Call::volume_show(&name), views::volume).await,
@@ -83,6 +94,15 @@ impl Session {
                 self.remove(&Call::volume_delete(&name), format!("volume '{name}' is deleted")).await
             }
         }
+    }
+
+    /// Sends a request that makes a volume or changes its size; a warning goes to stderr.
+    async fn make(&self, call: &Call<VolumeView>) -> anyhow::Result<()> {
+        let view = self.client.send(call).await?;
+        if let Some(warning) = &view.warning {
+            output::complain(&format!("warning: {warning}"));
+        }
+        self.print(&view, views::volume)
     }
 
     async fn partner(&self, command: PartnerCommand) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use block::VolumeName;
-use control::{FailoverResult, MirrorView, PartnerView, StatusView, VolumeView};
+use control::{FailoverResult, HostAccess, MirrorView, PartnerView, StatusView, VolumeAccess, VolumeView};
 
 use crate::table::Table;
 
@@ -19,8 +19,29 @@ pub(crate) fn volume(view: &VolumeView) -> String {
         ("state", Some(view.state.to_string())),
         ("reason", view.state_reason.clone()),
         ("mirror", view.mirror.as_ref().map(ToString::to_string)),
+        ("TLS", view.access.tls_required.then(|| "required".to_owned())),
+        ("access", view.access.read_only.then(|| "read-only".to_owned())),
+        ("hosts", Some(hosts(&view.access)).filter(|hosts| !hosts.is_empty())),
         ("URI", Some(view.uris.join(" "))),
     ])
+}
+
+/// Who may open a volume, a property a line.
+pub(crate) fn access(access: &VolumeAccess) -> String {
+    let tls_only = access.tls_required || !access.hosts.is_empty();
+    let listed = hosts(access);
+    Table::properties(vec![
+        ("TLS", Some(if tls_only { "required" } else { "optional" }.to_owned())),
+        ("access", Some(if access.read_only { "read-only" } else { "read-write" }.to_owned())),
+        ("hosts", Some(if listed.is_empty() { "any".to_owned() } else { listed })),
+    ])
+}
+
+/// The hosts as they are given to `--allow`; they may have spaces in them.
+fn hosts(access: &VolumeAccess) -> String {
+    let mode = |host: &HostAccess| if host.read_only { "ro" } else { "rw" };
+    let hosts = access.hosts.iter().map(|host| format!("{}:{}", host.identity, mode(host)));
+    hosts.collect::<Vec<_>>().join(", ")
 }
 
 /// Volumes, one a line.

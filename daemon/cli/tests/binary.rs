@@ -9,7 +9,10 @@ use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use control::{JournalTier, MirrorMode, MirrorState, MirrorView, Overload, Problem, ProblemKind, Role};
+use control::{
+    Cache, JournalTier, MirrorMode, MirrorState, MirrorView, Overload, Problem, ProblemKind, Role,
+    VolumeAccess, VolumeState, VolumeView,
+};
 use tempfile::TempDir;
 
 /// A site whose every answer is written by `answer(request number, head and body)`.
@@ -194,6 +197,62 @@ fn wait_ends_when_the_goal_is_reached_and_fails_at_the_timeout() {
     assert_eq!(code, 1);
     one_sentence(&stderr);
     assert!(stderr.contains("250ms: its last state is consistent_synchronized"), "{stderr}");
+}
+
+fn volume(warning: Option<&str>) -> VolumeView {
+    VolumeView {
+        name: "a".parse().unwrap(),
+        id: block::VolumeId::default(),
+        size_bytes: block::ByteCount(2 << 20),
+        class: "ultra".to_owned(),
+        iops_limit: "150000".parse().unwrap(),
+        cache: Cache::None,
+        state: VolumeState::Online,
+        state_reason: None,
+        mirror: None,
+        access: VolumeAccess::default(),
+        uris: vec![],
+        warning: warning.map(str::to_owned),
+    }
+}
+
+#[test]
+fn a_warning_is_a_sentence_on_stderr_beside_the_answer() {
+    let view = volume(Some("the limit may not be reached"));
+    let site = Site::answering(move |_, _| (201, json(&view)));
+    let (code, stdout, stderr) = site.run("volume create a --size 2MiB");
+    assert_eq!((code, stderr.as_str()), (0, "farshore: warning: the limit may not be reached\n"));
+    assert!(stdout.contains("size") && !stdout.contains("warning"), "{stdout}");
+}
+
+#[test]
+fn a_resize_asks_for_the_new_size() {
+    let site = Site::answering(|_, request| {
+        assert!(request.starts_with("POST /v1/volumes/a/resize HTTP/1.1\r\n"), "{request}");
+        assert!(request.ends_with(r#"{"size_bytes":2097152}"#), "{request}");
+        (200, json(&volume(None)))
+    });
+    assert_eq!(site.run("volume resize a --size 2MiB").0, 0);
+}
+
+#[test]
+fn access_is_shown_without_flags_and_changed_with_them() {
+    let site = Site::answering(|number, request| {
+        let expected = match number {
+            0 => "GET /v1/volumes/a/access HTTP/1.1\r\n",
+            _ => "POST /v1/volumes/a/access HTTP/1.1\r\n",
+        };
+        assert!(request.starts_with(expected), "{request}");
+        let body = r#"{"tls":"required","read_only":false,"allow":[{"identity":"h1","read_only":false},{"identity":"h2","read_only":true}],"revoke":["h3"],"any_host":false}"#;
+        assert!(number == 0 || request.ends_with(body), "{request}");
+        let hosts = vec!["h1".parse().unwrap(), "h2:ro".parse().unwrap()];
+        (200, json(&VolumeAccess { hosts, ..VolumeAccess::default() }))
+    });
+    let (code, stdout, _) = site.run("volume access a");
+    assert_eq!((code, stdout.as_str()), (0, "TLS     required\naccess  read-write\nhosts   h1:rw, h2:ro\n"));
+    let flags = "volume access a --tls required --read-write --allow h1 --allow h2:ro --revoke h3";
+    assert_eq!(site.run(flags).0, 0);
+    assert_eq!(Site::absent().run("volume access a --read-only --read-write").0, 2);
 }
 
 #[test]

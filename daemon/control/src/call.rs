@@ -9,7 +9,8 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd,
-    PartnerView, Problem, StatusView, VolumeCreate, VolumeView,
+    PartnerView, Problem, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize,
+    VolumeView,
 };
 
 /// The HTTP methods of the API.
@@ -109,6 +110,23 @@ impl Call<VolumeView> {
     /// One volume.
     pub fn volume_show(name: &VolumeName) -> Self {
         Self::bare(Method::Get, format!("/v1/volumes/{name}"))
+    }
+
+    /// Makes a volume larger.
+    pub fn volume_resize(name: &VolumeName, resize: VolumeResize) -> Self {
+        Self::post(format!("/v1/volumes/{name}/resize"), &resize)
+    }
+}
+
+impl Call<VolumeAccess> {
+    /// Who may open a volume.
+    pub fn volume_access(name: &VolumeName) -> Self {
+        Self::bare(Method::Get, format!("/v1/volumes/{name}/access"))
+    }
+
+    /// Changes who may open a volume.
+    pub fn volume_access_change(name: &VolumeName, change: &VolumeAccessChange) -> Self {
+        Self::post(format!("/v1/volumes/{name}/access"), change)
     }
 }
 

@@ -5,6 +5,7 @@
 //! it. Requests refuse unknown fields; answers may gain fields, so readers ignore those that they do not know.
 //! A refusal is a [`Problem`] (RFC 9457).
 
+mod access;
 mod call;
 mod mirror;
 mod partner;
@@ -13,6 +14,11 @@ mod status;
 mod time;
 mod volume;
 
+pub use access::{
+    ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, AccessChangeError, AccessRefusal, Admission,
+    HOST_IDENTITY_BYTES_MAX, HostAccess, HostIdentity, HostIdentityError, Peer, TlsRule, VolumeAccess,
+    VolumeAccessChange,
+};
 pub use call::{Call, CallError, Method};
 pub use mirror::{
     FailoverRequest, FailoverResult, JournalTier, MirrorCreate, MirrorMemory, MirrorMode, MirrorStart,
@@ -22,7 +28,7 @@ pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort
 pub use problem::{Problem, ProblemKind};
 pub use status::{Counts, StatusView};
 pub use time::{Timestamp, TimestampError};
-pub use volume::{Cache, Iops, IopsError, VolumeCreate, VolumeState, VolumeView};
+pub use volume::{Cache, Iops, IopsError, VolumeCreate, VolumeResize, VolumeState, VolumeView};
 
 /// The longest request body that the daemon reads, in bytes: the largest is a partner's certificate.
 pub const REQUEST_BYTES_MAX: usize = 64 << 10;

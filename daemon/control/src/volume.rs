@@ -1,4 +1,4 @@
-//! Volumes: create and view.
+//! Volumes: create, resize and view.
 
 use std::fmt;
 use std::num::NonZeroU32;
@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use block::{ByteCount, IopsLimit, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
+
+use crate::VolumeAccess;
 
 /// A limit on host commands a second; in JSON a number from 1 or `"unlimited"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +147,14 @@ impl VolumeCreate {
     }
 }
 
+/// Body of `POST /v1/volumes/NAME/resize`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VolumeResize {
+    /// The new size, not below the present one. A multiple of 4096.
+    pub size_bytes: ByteCount,
+}
+
 /// A volume as `volume show` tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VolumeView {
@@ -166,8 +176,14 @@ pub struct VolumeView {
     pub state_reason: Option<String>,
     /// The mirror that it is part of.
     pub mirror: Option<VolumeName>,
+    /// Who may open it: `tls_required`, `read_only` and `hosts`.
+    #[serde(flatten)]
+    pub access: VolumeAccess,
     /// Where hosts connect.
     pub uris: Vec<String>,
+    /// What a create or resize did that may not be what was meant, as a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 #[cfg(test)]

@@ -307,6 +307,16 @@ impl Volume {
         self.poisoned
     }
 
+    /// The volume has grown: commands from now on may use what was added.
+    ///
+    /// # Panics
+    /// If it would shrink, or not be in whole data units.
+    pub fn set_size(&mut self, size: ByteCount) {
+        assert!(size >= self.size, "a volume never shrinks under its commands");
+        assert!(size.0.is_multiple_of(DATA_UNIT_BYTES), "a volume has whole data units");
+        self.size = size;
+    }
+
     /// Changes the IOPS limit.
     pub fn set_limit(&mut self, now: Monotonic, limit: IopsLimit) {
         self.limiter.set_limit(limit, now);

@@ -5,7 +5,7 @@ use std::future::Future;
 use block::VolumeName;
 use control::{
     CertificateView, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView, Problem,
-    ProblemKind, StatusView, VolumeCreate, VolumeView,
+    ProblemKind, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -46,6 +46,20 @@ pub trait Operations: Send + Sync + 'static {
     fn volume_list(&self) -> impl Future<Output = Outcome<Vec<VolumeView>>> + Send;
     /// One volume.
     fn volume_show(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeView>> + Send;
+    /// Makes a volume larger.
+    fn volume_resize(
+        &self,
+        name: VolumeName,
+        resize: VolumeResize,
+    ) -> impl Future<Output = Outcome<VolumeView>> + Send;
+    /// Who may open a volume.
+    fn volume_access(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
+    /// Changes who may open a volume.
+    fn volume_access_change(
+        &self,
+        name: VolumeName,
+        change: VolumeAccessChange,
+    ) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
     /// Deletes a volume and its data.
     fn volume_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// This site's own certificate.

@@ -19,6 +19,8 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
     Router::new()
         .route("/v1/volumes", get(volume_list::<O>).post(volume_create::<O>))
         .route("/v1/volumes/{name}", get(volume_show::<O>).delete(volume_delete::<O>))
+        .route("/v1/volumes/{name}/resize", post(volume_resize::<O>))
+        .route("/v1/volumes/{name}/access", get(volume_access::<O>).post(volume_access_change::<O>))
         .route("/v1/certificate", get(certificate_show::<O>))
         .route("/v1/partners", get(partner_list::<O>).post(partner_add::<O>))
         .route("/v1/partners/{name}", get(partner_show::<O>).delete(partner_remove::<O>))
@@ -66,6 +68,8 @@ macro_rules! handlers {
     )+};
     (@type Name $name:ident) => { Name };
     (@type Body volume_create) => { Body<control::VolumeCreate> };
+    (@type Body volume_resize) => { Body<control::VolumeResize> };
+    (@type Body volume_access_change) => { Body<control::VolumeAccessChange> };
     (@type Body partner_add) => { Body<control::PartnerAdd> };
     (@type Body mirror_start) => { Body<control::MirrorStart> };
 }
@@ -74,6 +78,9 @@ handlers! {
     volume_create(Body create) -> CREATED;
     volume_list() -> OK;
     volume_show(Name name) -> OK;
+    volume_resize(Name name, Body resize) -> OK;
+    volume_access(Name name) -> OK;
+    volume_access_change(Name name, Body change) -> OK;
     volume_delete(Name name) -> NO_CONTENT;
     certificate_show() -> OK;
     partner_add(Body add) -> CREATED;

@@ -8,7 +8,8 @@ use block::{ByteCount, Position, SiteId, VolumeId, VolumeName};
 use control::{
     Cache, Call, CallError, CertificateView, Counts, FailoverRequest, FailoverResult, MirrorCreate,
     MirrorMode, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
-    RecoveryPoint, Side, StatusView, Timestamp, VolumeCreate, VolumeState, VolumeView,
+    RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize,
+    VolumeState, VolumeView,
 };
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -49,7 +50,9 @@ fn volume(name: VolumeName) -> VolumeView {
         state: VolumeState::Online,
         state_reason: None,
         mirror: None,
+        access: VolumeAccess::default(),
         uris: vec![],
+        warning: None,
     }
 }
 
@@ -104,6 +107,31 @@ impl Operations for Fake {
     async fn volume_show(&self, name: VolumeName) -> Result<VolumeView, OperationError> {
         self.note("volume show", Some(&name))?;
         Ok(volume(name))
+    }
+
+    async fn volume_resize(
+        &self,
+        name: VolumeName,
+        resize: VolumeResize,
+    ) -> Result<VolumeView, OperationError> {
+        self.note(format!("volume resize to {}", resize.size_bytes.0), Some(&name))?;
+        Ok(volume(name))
+    }
+
+    async fn volume_access(&self, name: VolumeName) -> Result<VolumeAccess, OperationError> {
+        self.note("volume access", Some(&name))?;
+        Ok(VolumeAccess::default())
+    }
+
+    async fn volume_access_change(
+        &self,
+        name: VolumeName,
+        change: VolumeAccessChange,
+    ) -> Result<VolumeAccess, OperationError> {
+        self.note("volume access change", Some(&name))?;
+        VolumeAccess::default()
+            .changed(&change)
+            .map_err(|error| OperationError::new(ProblemKind::Invalid, error.to_string()))
     }
 
     async fn volume_delete(&self, name: VolumeName) -> Result<(), OperationError> {
@@ -282,6 +310,12 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     assert_eq!(api.send(Call::volume_create(&create)).await.unwrap().name, name("a"));
     assert_eq!(api.send(Call::volume_list()).await.unwrap().len(), 1);
     api.send(Call::volume_show(&name("a"))).await.unwrap();
+    let resize = VolumeResize { size_bytes: ByteCount(2 << 20) };
+    api.send(Call::volume_resize(&name("a"), resize)).await.unwrap();
+    assert_eq!(api.send(Call::volume_access(&name("a"))).await.unwrap(), VolumeAccess::default());
+    let change = VolumeAccessChange { allow: vec!["h:ro".parse().unwrap()], ..VolumeAccessChange::default() };
+    let access = api.send(Call::volume_access_change(&name("a"), &change)).await.unwrap();
+    assert_eq!(access.hosts, change.allow);
     api.send(Call::volume_delete(&name("a"))).await.unwrap();
     assert_eq!(api.send(Call::certificate_show()).await.unwrap().certificate, "PEM");
     let add =
@@ -300,7 +334,8 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     assert!(api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap().seconds_lost_bound);
     api.send(Call::mirror_delete(&name("m"))).await.unwrap();
     api.send(Call::status()).await.unwrap();
-    let expected = "volume create a, volume list, volume show a, volume delete a, certificate show, partner add p, \
+    let expected = "volume create a, volume list, volume show a, volume resize to 2097152 a, volume access a, \
+                    volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
                     mirror stop m, mirror start Some(Local) m, mirror failover m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use block::{MirrorId, VolumeId, VolumeName};
-use control::CERTIFICATE_BYTES_MAX;
+use control::{ACCESS_HOSTS_BYTES_MAX, CERTIFICATE_BYTES_MAX};
 
 use super::error::{CatalogueError, file_error};
 use super::header::{FILE_NAME, Header, Life, MirrorPart};
@@ -77,6 +77,28 @@ impl Catalogue {
             Some(folder) => remove_folder(&folder),
             None => Ok(()),
         }
+    }
+
+    /// Stores a volume's new size or access.
+    ///
+    /// # Errors
+    /// The volume does not exist, the list of hosts is too long, or its header or the catalogue cannot be written: then
+    ///  the old record stands, though a rebuild from headers may bring up the new one.
+    ///
+    /// # Panics
+    /// If anything else in the record has changed.
+    pub fn update_volume(&self, new: VolumeRecord) -> Result<(), CatalogueError> {
+        let mut state = self.state();
+        let old = state.content.volumes.get(&new.id).ok_or_else(|| CatalogueError::unknown_volume(new.id))?;
+        let (size, access) = (new.size, new.access.clone());
+        assert!(new == VolumeRecord { size, access, ..old.clone() }, "only size and access change");
+        bound("list of hosts", &new.name, new.access.hosts_bytes(), 0, ACCESS_HOSTS_BYTES_MAX)?;
+        let mirror = state.content.mirror_of(new.id);
+        let part = mirror.and_then(|(mirror, index)| state.content.part(mirror, usize::from(index.0), true));
+        self.write_header(&state.content, &new, Life::Live, part)?;
+        self.apply(&[Change::Volume(&new)])?;
+        state.content.volumes.insert(new.id, new);
+        Ok(())
     }
 
     /// Deletes a volume and its files. The caller has closed them.

@@ -10,7 +10,10 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use block::{ByteCount, IopsLimit, MirrorId, SiteId, VolumeId, VolumeIndex};
-use control::{CERTIFICATE_BYTES_MAX, Cache, Iops, MirrorMode, Overload, Role};
+use control::{
+    ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, CERTIFICATE_BYTES_MAX, Cache, HostAccess, Iops, MirrorMode,
+    Overload, Role, VolumeAccess,
+};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -26,12 +29,17 @@ const SLOT_BYTES: usize = 16 << 10;
 /// The same as a file offset.
 const SLOT_OFFSET: u64 = 16 << 10;
 const MAGIC: [u8; 8] = *b"FARSHVOL";
-const VERSION: u32 = 1;
+/// Version 1 lacks the access to the volume: its place is zero there, which means any host.
+const VERSION: u32 = 2;
+const VERSIONS: std::ops::RangeInclusive<u32> = 1..=VERSION;
 const FIXED_BYTES: usize = 256;
 const TEXT_BYTES: usize = SLOT_BYTES - FIXED_BYTES;
 /// How many texts follow the fixed part: name, class, wrapped key; then the mirror's name, the partner's name, address
-/// and certificate, and the group's state.
-const TEXTS: usize = 8;
+/// and certificate, and the group's state; then the hosts that may open the volume.
+const TEXTS: usize = 9;
+/// Bits of `access`.
+const ACCESS_TLS_REQUIRED: u8 = 1;
+const ACCESS_READ_ONLY: u8 = 2;
 
 /// `iops` of a volume that takes its class's limit; no limit of 0 exists.
 const IOPS_OF_CLASS: u32 = 0;
@@ -66,7 +74,8 @@ struct Fixed {
     incarnation: U64,
     revision: U64,
     text_lengths: [U16; TEXTS],
-    reserved: [u8; 116],
+    access: u8,
+    reserved: [u8; 113],
 }
 
 /// A whole slot.
@@ -79,9 +88,15 @@ struct Slot {
 
 const _: () = assert!(size_of::<Fixed>() == FIXED_BYTES);
 const _: () = assert!(size_of::<Slot>() == SLOT_BYTES);
-// Four names of 64 bytes and an address of 256 stand beside the three long texts.
+// Four names of 64 bytes and an address of 256 stand beside the long texts.
 const _: () = assert!(
-    4 * 64 + 256 + WRAPPED_KEY_BYTES_MAX + CERTIFICATE_BYTES_MAX + GROUP_STATE_BYTES_MAX <= TEXT_BYTES
+    4 * 64
+        + 256
+        + WRAPPED_KEY_BYTES_MAX
+        + CERTIFICATE_BYTES_MAX
+        + GROUP_STATE_BYTES_MAX
+        + ACCESS_HOSTS_BYTES_MAX
+        <= TEXT_BYTES
 );
 
 /// Where a volume is in its life.
@@ -133,7 +148,7 @@ pub(super) enum HeaderError {
     #[error("neither of its two slots is whole")]
     Damaged,
     /// A slot is whole, and of a version that we do not know.
-    #[error("its version is {0}, this daemon knows version {VERSION}")]
+    #[error("its version is {0}, this daemon knows versions up to {VERSION}")]
     Version(u32),
     /// A slot is whole, and holds what no daemon writes.
     #[error("its field '{0}' has no meaning")]
@@ -199,12 +214,15 @@ impl Header {
         fixed.iops_unlimited = iops_unlimited;
         fixed.life = code(LIVES, self.life);
         fixed.cache = code(CACHES, self.volume.cache);
+        fixed.access = access_bits(&self.volume.access);
         let mut texts: [&[u8]; TEXTS] = [&[]; TEXTS];
         if let Some(part) = &self.mirror {
             encode_mirror(part, fixed);
             texts = mirror_texts(part);
         }
-        let [name, class, key, ..] = &mut texts;
+        let hosts = encode_hosts(&self.volume.access.hosts);
+        let [name, class, key, .., last] = &mut texts;
+        *last = &hosts;
         *name = self.volume.name.as_str().as_bytes();
         *class = self.volume.class.as_bytes();
         *key = &self.volume.wrapped_key;
@@ -223,14 +241,25 @@ impl Header {
 
     fn decode(slot: &Slot, pool: &block::VolumeName) -> Result<Self, HeaderError> {
         let fixed = &slot.fixed;
-        if fixed.version.get() != VERSION {
+        if !VERSIONS.contains(&fixed.version.get()) {
             return Err(HeaderError::Version(fixed.version.get()));
         }
         if fixed.reserved.iter().any(|byte| *byte != 0) {
             return Err(HeaderError::Field("reserved"));
         }
         let texts = slot.texts().ok_or(HeaderError::Field("text_lengths"))?;
-        let [name, class, key, ..] = texts;
+        let [name, class, key, .., hosts] = texts;
+        let access = VolumeAccess {
+            tls_required: fixed.access & ACCESS_TLS_REQUIRED != 0,
+            read_only: fixed.access & ACCESS_READ_ONLY != 0,
+            hosts: decode_hosts(hosts).ok_or(HeaderError::Field("hosts"))?,
+        };
+        // Whatever would restrict the volume must be understood, or it would be opened to more than is meant.
+        if fixed.access != access_bits(&access)
+            || (fixed.version.get() == 1 && access != VolumeAccess::default())
+        {
+            return Err(HeaderError::Field("access"));
+        }
         let volume = VolumeRecord {
             id: VolumeId::from_bytes(fixed.volume),
             name: text(name, "name")?,
@@ -242,6 +271,7 @@ impl Header {
                 _ => return Err(HeaderError::Field("iops")),
             },
             cache: meaning(CACHES, fixed.cache, "cache")?,
+            access,
             wrapped_key: key.to_vec(),
             pool: pool.clone(),
         };
@@ -274,6 +304,39 @@ fn text<T: TryFrom<String>>(bytes: &[u8], field: &'static str) -> Result<T, Head
     T::try_from(text.to_owned()).map_err(|_| HeaderError::Field(field))
 }
 
+fn access_bits(access: &VolumeAccess) -> u8 {
+    let bit = |set, bit| if set { bit } else { 0 };
+    bit(access.tls_required, ACCESS_TLS_REQUIRED) | bit(access.read_only, ACCESS_READ_ONLY)
+}
+
+/// Each host: 1 if it may only read, else 0; the length of its identity; its identity.
+fn encode_hosts(hosts: &[HostAccess]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for host in hosts {
+        let identity = host.identity.as_str().as_bytes();
+        // An identity has at most 128 bytes.
+        bytes.extend([u8::from(host.read_only), u8::try_from(identity.len()).unwrap_or(u8::MAX)]);
+        bytes.extend_from_slice(identity);
+    }
+    bytes
+}
+
+fn decode_hosts(mut bytes: &[u8]) -> Option<Vec<HostAccess>> {
+    let mut hosts = Vec::new();
+    while let Some(([read_only, length], rest)) = bytes.split_first_chunk() {
+        let (identity, rest) = rest.split_at_checked(usize::from(*length))?;
+        let identity = String::from_utf8(identity.to_vec()).ok()?.try_into().ok()?;
+        let read_only = match read_only {
+            0 => false,
+            1 => true,
+            _ => return None,
+        };
+        hosts.push(HostAccess { identity, read_only });
+        bytes = rest;
+    }
+    (bytes.is_empty() && hosts.len() <= ACCESS_HOSTS_MAX).then_some(hosts)
+}
+
 fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
     let (mirror, group) = (&part.mirror, &part.mirror.group);
     fixed.link = if part.settled { 2 } else { 1 };
@@ -290,7 +353,7 @@ fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
     fixed.revision = U64::new(mirror.revision);
 }
 
-/// The texts from the fourth on; the first three are the volume's.
+/// The texts from the fourth to the eighth; the others are the volume's.
 fn mirror_texts(part: &MirrorPart) -> [&[u8]; TEXTS] {
     [
         &[],
@@ -301,6 +364,7 @@ fn mirror_texts(part: &MirrorPart) -> [&[u8]; TEXTS] {
         part.partner.address.as_str().as_bytes(),
         part.partner.certificate.as_bytes(),
         &part.mirror.group.state,
+        &[],
     ]
 }
 
@@ -311,7 +375,7 @@ fn decode_mirror(fixed: &Fixed, texts: &[&[u8]; TEXTS]) -> Result<Option<MirrorP
         2 => true,
         _ => return Err(HeaderError::Field("link")),
     };
-    let [_, _, _, name, partner_name, address, certificate, state] = texts;
+    let [_, _, _, name, partner_name, address, certificate, state, _] = texts;
     let partner = PartnerRecord {
         name: text(partner_name, "partner_name")?,
         address: text(address, "partner_address")?,

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use block::{ByteCount, MirrorId, VolumeId, VolumeName};
-use control::{Cache, HostPort, Iops, MirrorMode, Overload, Role};
+use control::{Cache, HostPort, Iops, MirrorMode, Overload, Role, VolumeAccess};
 use serde::{Deserialize, Serialize};
 
 /// The longest wrapped data key, in bytes.
@@ -28,6 +28,9 @@ pub struct VolumeRecord {
     pub iops: Option<Iops>,
     /// Its cache mode.
     pub cache: Cache,
+    /// Who may open it. A row of format 1 has none: any host.
+    #[serde(default)]
+    pub access: VolumeAccess,
     /// Its data key, wrapped; at most [`WRAPPED_KEY_BYTES_MAX`] bytes.
     #[serde(with = "hexadecimal")]
     pub wrapped_key: Vec<u8>,

@@ -15,7 +15,10 @@ use super::error::{CatalogueError, file_error};
 use super::record::{MirrorRecord, PartnerRecord, VolumeRecord};
 use super::seal::{Seal, Verdict};
 
-const FORMAT: u32 = 1;
+/// Format 1 has no access in the rows of volumes. A daemon that knows only that would open them to any host, so a
+/// catalogue is raised to this format when it is opened.
+const FORMAT: u32 = 2;
+const FORMATS: std::ops::RangeInclusive<u32> = 1..=FORMAT;
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const VOLUMES: TableDefinition<[u8; 16], &[u8]> = TableDefinition::new("volumes");
 const PARTNERS: TableDefinition<&str, &[u8]> = TableDefinition::new("partners");
@@ -88,6 +91,7 @@ impl Store {
             }
             Err(error) => return Err(damaged(error.to_string())),
         };
+        store.raise_format()?;
         Ok((store, content))
     }
 
@@ -136,6 +140,27 @@ impl Store {
         Ok(())
     }
 
+    /// Writes the present format into a catalogue of an older one.
+    fn raise_format(&self) -> Result<(), CatalogueError> {
+        let found = |database: &Database| -> Result<bool, redb::Error> {
+            let meta = database.begin_read()?.open_table(META)?;
+            Ok(meta.get("format")?.is_some_and(|bytes| *bytes.value() == FORMAT.to_le_bytes()))
+        };
+        if found(self.database()).map_err(store_error(&self.file))? {
+            return Ok(());
+        }
+        let sealing = file_error("sealing", &self.file);
+        self.seal.open().map_err(&sealing)?;
+        let write = |transaction: &WriteTransaction| {
+            transaction.open_table(META)?.insert("format", FORMAT.to_le_bytes().as_slice())?;
+            Ok(())
+        };
+        commit(self.database(), write).map_err(store_error(&self.file))?;
+        // As after a change: without a seal the next start leaves the judgement to the store.
+        let _ = self.seal.close();
+        Ok(())
+    }
+
     fn database(&self) -> &Database {
         let Some(database) = &self.database else {
             unreachable!("only dropping takes the database");
@@ -149,7 +174,7 @@ impl Store {
         let value = |key| meta.get(key).map_err(redb::Error::from);
         let format = value("format")?.and_then(|bytes| bytes.value().try_into().ok().map(u32::from_le_bytes));
         match format {
-            Some(FORMAT) => {}
+            Some(found) if FORMATS.contains(&found) => {}
             Some(found) => return Err(ReadError::Format(found)),
             None => return Err(ReadError::Row("meta")),
         }
@@ -251,4 +276,44 @@ pub(super) fn sync_folder_of(path: &Path) -> Result<(), CatalogueError> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     let synced = File::open(folder).and_then(|folder| folder.sync_all());
     synced.map_err(file_error("syncing folder", folder))
+}
+
+/// Takes the access from the rows of volumes, as format 1 has them, and writes this format's number.
+#[cfg(test)]
+pub(super) fn rewrite_as_format_1(file: &Path, format: u32) {
+    let seal = Seal::of(file);
+    seal.open().unwrap();
+    let database = Database::open(file).unwrap();
+    commit(&database, |transaction| {
+        transaction.open_table(META)?.insert("format", format.to_le_bytes().as_slice())?;
+        let mut volumes = transaction.open_table(VOLUMES)?;
+        let rows: Vec<_> = volumes
+            .iter()?
+            .map(|row| row.unwrap())
+            .map(|(key, row)| (key.value(), row.value().to_vec()))
+            .collect();
+        for (key, row) in rows {
+            let mut row: serde_json::Value = serde_json::from_slice(&row).unwrap();
+            row.as_object_mut().unwrap().remove("access");
+            volumes.insert(key, row.to_string().as_bytes())?;
+        }
+        Ok(())
+    })
+    .unwrap();
+    drop(database);
+    seal.close().unwrap();
+}
+
+/// The format that a closed catalogue has.
+#[cfg(test)]
+pub(super) fn format_of(file: &Path) -> u32 {
+    let seal = Seal::of(file);
+    seal.open().unwrap();
+    let database = Database::open(file).unwrap();
+    let meta = database.begin_read().unwrap().open_table(META).unwrap();
+    let format = u32::from_le_bytes(meta.get("format").unwrap().unwrap().value().try_into().unwrap());
+    drop(meta);
+    drop(database);
+    seal.close().unwrap();
+    format
 }

@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use block::ByteCount;
-use control::{Cache, MirrorMode, Overload, Role};
+use control::{Cache, MirrorMode, Overload, Role, VolumeAccess};
 use uuid::Uuid;
 
 use super::header::Header;
@@ -94,9 +94,15 @@ fn volume(text: &str, pool: &str) -> VolumeRecord {
         class: "standard".to_owned(),
         iops: Some("750".parse().unwrap()),
         cache: Cache::Page,
+        access: VolumeAccess::default(),
         wrapped_key: vec![0x5a; 72],
         pool: name(pool),
     }
+}
+
+fn restricted() -> VolumeAccess {
+    let hosts = ["host 1", "host 2:ro"].map(|host| host.parse().unwrap()).into();
+    VolumeAccess { tls_required: true, read_only: false, hosts }
 }
 
 fn partner(text: &str) -> PartnerRecord {
@@ -163,7 +169,7 @@ fn rebuildable(mut content: Content) -> Content {
 
 type Operation = fn(&Catalogue) -> Result<(), CatalogueError>;
 
-const OPERATIONS: [(&str, Operation); 7] = [
+const OPERATIONS: [(&str, Operation); 9] = [
     ("create a volume", |catalogue| create_volume(catalogue, &volume("d", "slow"))),
     ("delete a volume", |catalogue| catalogue.delete_volume(volume("c", "fast").id)),
     ("add a partner", |catalogue| catalogue.add_partner(partner("az3"))),
@@ -179,6 +185,12 @@ const OPERATIONS: [(&str, Operation); 7] = [
     ("change the state only", |catalogue| {
         let id = MirrorId(Uuid::from_u128(42));
         catalogue.update_group(id, group(1, 1, "stopped")).map(|notices| assert_eq!(notices, []))
+    }),
+    ("grow a volume", |catalogue| {
+        catalogue.update_volume(VolumeRecord { size: ByteCount(2 << 20), ..volume("c", "fast") })
+    }),
+    ("limit a mirrored volume to hosts", |catalogue| {
+        catalogue.update_volume(VolumeRecord { access: restricted(), ..volume("a", "fast") })
     }),
     ("delete a mirror", |catalogue| {
         let notices = catalogue.delete_mirror(MirrorId(Uuid::from_u128(42)))?;
@@ -524,7 +536,7 @@ fn the_header_stands_as_documented() {
     // Creating, live, mirror not settled, mirror settled: four generations, so the newest is in slot 0.
     let slot = &bytes[..16_384];
     assert_eq!(&slot[..8], b"FARSHVOL");
-    assert_eq!(slot[8..12], [1, 0, 0, 0]);
+    assert_eq!(slot[8..12], [2, 0, 0, 0]);
     assert_eq!(slot[16..24], [4, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(slot[40..56], volume("b", "slow").id.to_bytes());
     assert_eq!(slot[56..64], [0, 0, 16, 0, 0, 0, 0, 0]);
@@ -536,4 +548,72 @@ fn the_header_stands_as_documented() {
     assert_eq!(slot[124..132], [1, 0, 8, 0, 72, 0, 1, 0]);
     assert!(slot[140..256].iter().all(|byte| *byte == 0));
     assert_eq!(&slot[256..265], b"bstandard");
+}
+
+#[test]
+fn the_access_stands_in_the_header_as_documented() {
+    let site = populated();
+    let (catalogue, _) = site.open().unwrap();
+    let access = VolumeAccess { read_only: true, ..restricted() };
+    catalogue.update_volume(VolumeRecord { access, ..volume("c", "fast") }).unwrap();
+    let folder = site.path("fast").join(volume("c", "fast").id.to_string());
+    let bytes = std::fs::read(folder.join("header")).unwrap();
+    // The third generation is in slot 1.
+    let slot = &bytes[16_384..];
+    assert_eq!(slot[140..143], [16, 0, 3]);
+    assert!(slot[143..256].iter().all(|byte| *byte == 0));
+    assert_eq!(&slot[256 + 81..256 + 97], b"\x00\x06host 1\x01\x06host 2");
+}
+
+#[test]
+fn a_header_of_version_1_is_read_and_means_any_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut slot = include_bytes!("golden/header-1").to_vec();
+    slot.resize(2 * 16_384, 0);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    let header = Header::read(folder.path(), &name("slow")).unwrap();
+    assert_eq!(header.volume, volume("b", "slow"));
+    assert_eq!(header.mirror.unwrap().mirror.name, name("m"));
+}
+
+#[test]
+fn a_header_whose_access_is_not_understood_is_refused() {
+    let site = populated();
+    let folder = site.path("fast").join(volume("c", "fast").id.to_string());
+    let path = folder.join("header");
+    let whole = std::fs::read(&path).unwrap();
+    for slot in [0, 16_384] {
+        let mut bytes = whole.clone();
+        bytes[slot + 142] = 4;
+        bytes[slot + 12..slot + 16].fill(0);
+        let checksum = crc32c::crc32c(&bytes[slot..slot + 16_384]);
+        bytes[slot + 12..slot + 16].copy_from_slice(&checksum.to_le_bytes());
+        bytes[16_384 - slot..][..16_384].fill(0);
+        std::fs::write(&path, &bytes).unwrap();
+        assert!(Header::read(&folder, &name("fast")).is_err(), "slot {slot}");
+    }
+}
+
+#[test]
+fn a_catalogue_of_format_1_is_opened_and_raised_so_that_no_older_daemon_opens_it() {
+    let site = populated();
+    let before = content(&site.open().unwrap().0);
+    let file = site.path("data").join(FILE_NAME);
+    let rewrite = |format: u32| store::rewrite_as_format_1(&file, format);
+    rewrite(1);
+    assert_eq!(content(&site.open().unwrap().0), before);
+    assert_eq!(store::format_of(&file), 2);
+    rewrite(3);
+    let refused = site.open().unwrap_err();
+    assert!(matches!(refused, CatalogueError::Format { found: 3, known: 2, .. }), "{refused}");
+}
+
+#[test]
+fn a_rebuild_does_not_open_a_restricted_volume_to_others() {
+    let site = populated();
+    let (catalogue, _) = site.open().unwrap();
+    catalogue.update_volume(VolumeRecord { access: restricted(), ..volume("c", "fast") }).unwrap();
+    drop(catalogue);
+    let (catalogue, _) = site.rebuild().unwrap();
+    assert_eq!(catalogue.volume(&name("c")).unwrap().access, restricted());
 }

@@ -315,6 +315,20 @@ impl Group {
         self.wall = wall;
     }
 
+    /// A volume without a mirror has grown; its file has already.
+    ///
+    /// # Panics
+    /// If the group is mirrored, or the volume would shrink.
+    pub fn resize(&mut self, volume: VolumeIndex, size: ByteCount, limit: IopsLimit) {
+        assert!(self.mirror.is_none(), "a mirrored volume keeps its size");
+        let now = self.now;
+        if let Some(slot) = self.slot(volume) {
+            slot.config = VolumeConfig { size, limit, ..slot.config };
+            slot.volume.set_size(size);
+            slot.volume.set_limit(now, limit);
+        }
+    }
+
     /// True while hosts are served.
     pub const fn is_presented(&self) -> bool {
         self.presented

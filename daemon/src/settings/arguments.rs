@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use block::VolumeName;
 use clap::{ArgGroup, Parser};
 
-use super::{ConsoleAddress, NbdAddress, SettingsFile};
+use super::{ConsoleAddress, NbdListener, SettingsFile};
 
 /// What the daemon is started for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,9 +33,12 @@ pub(super) struct Arguments {
     /// The site's name.
     #[arg(long, value_name = "NAME")]
     site: Option<VolumeName>,
-    /// Where hosts connect; may be given several times.
-    #[arg(long, value_name = "ADDR|unix:PATH")]
-    nbd: Vec<NbdAddress>,
+    /// Where hosts connect, and whether over TLS (off if not given); may be given several times.
+    #[arg(long, value_name = "ADDR|unix:PATH[,tls=off|optional|required]")]
+    nbd: Vec<NbdListener>,
+    /// The CA (PEM) that signs the hosts' certificates.
+    #[arg(long, value_name = "FILE")]
+    nbd_client_ca: Option<PathBuf>,
     /// Where partners connect (UDP).
     #[arg(long, value_name = "ADDR")]
     replication: Option<SocketAddr>,
@@ -70,6 +73,7 @@ impl Arguments {
         SettingsFile {
             site: self.site,
             nbd_listen: (!self.nbd.is_empty()).then_some(self.nbd),
+            nbd_client_ca_file: self.nbd_client_ca,
             replication_listen: self.replication,
             console_listen: self.console,
             kek_file: self.kek,

@@ -9,7 +9,7 @@ use block::{IopsLimit, VolumeName};
 use control::Iops;
 use serde::{Deserialize, Serialize};
 
-use super::{ConsoleAddress, NbdAddress, Settings};
+use super::{ConsoleAddress, NbdListener, Settings};
 
 /// Declares the file's struct, every key optional, and how one lies over another.
 macro_rules! settings_file {
@@ -39,10 +39,20 @@ settings_file! {
     data_dir: PathBuf,
     /// The control API's socket. Default `/run/farshore/control.sock`; with `--dev DIR` `DIR/control.sock`.
     control_socket: PathBuf,
-    /// Where hosts connect, at most 16: `IP:PORT` or `unix:PATH`. Default `["127.0.0.1:10809"]`.
-    nbd_listen: Vec<NbdAddress>,
-    /// Allow plain-text NBD on addresses that are not loopback. Default false.
+    /// Where hosts connect, at most 16: `IP:PORT` or `unix:PATH`, or `{ address = "ADDR", tls = "MODE" }` with the mode
+    /// `off`, `optional` or `required`. Default `["127.0.0.1:10809"]`.
+    nbd_listen: Vec<NbdListener>,
+    /// Allow NBD without TLS (`off` or `optional`) on addresses that are not loopback. Default false.
     nbd_allow_plain: bool,
+    /// The certificate that hosts see over TLS, with its chain (PEM). Default: one that the site makes, in `tls` in
+    /// `data_dir`.
+    nbd_certificate_file: PathBuf,
+    /// The key of `nbd_certificate_file` (PEM); given if and only if that is.
+    nbd_key_file: PathBuf,
+    /// The CAs that sign hosts' certificates (PEM). Default: none; hosts are then not asked for a certificate.
+    nbd_client_ca_file: PathBuf,
+    /// The most established connections of hosts, 1 to 65536. Default 1024.
+    nbd_connections_max: NonZeroU32,
     /// Where partners connect (UDP): `IP:PORT`. Default `127.0.0.1:10820`.
     replication_listen: SocketAddr,
     /// Where the console and `/metrics` are: `IP:PORT` or `off`. Default `127.0.0.1:10880`.
@@ -51,6 +61,8 @@ settings_file! {
     kek_file: PathBuf,
     /// The number of shard threads, 1 to 256. Default: one a core.
     shards: NonZeroUsize,
+    /// The commands a second that a shard can serve; `volume create` warns of a limit above it. Default 60000.
+    shard_iops_estimate: NonZeroU32,
     /// The smallest volume. Default 500 GiB; with `--dev` 1 MiB.
     minimum_size_bytes: u64,
     /// The IOPS per TiB of the classes that can be mirrored. Default `[500, 1500, 3000]`.
@@ -115,10 +127,15 @@ impl From<&Settings> for SettingsFile {
             control_socket: Some(settings.control_socket.clone()),
             nbd_listen: Some(settings.nbd_listen.clone()),
             nbd_allow_plain: Some(settings.nbd_allow_plain),
+            nbd_certificate_file: settings.nbd_certificate.clone().map(|files| files.certificate),
+            nbd_key_file: settings.nbd_certificate.clone().map(|files| files.key),
+            nbd_client_ca_file: settings.nbd_client_ca.clone(),
+            nbd_connections_max: Some(settings.nbd_connections_max),
             replication_listen: Some(settings.replication_listen),
             console_listen: Some(settings.console_listen),
             kek_file: Some(settings.kek_file.clone()),
             shards: Some(settings.shards),
+            shard_iops_estimate: Some(settings.shard_iops_estimate),
             minimum_size_bytes: Some(settings.minimum_size.0),
             mirrored_iops_per_tib: Some(settings.mirrored_iops_per_tib.clone()),
             ring_bytes: Some(settings.ring.0),

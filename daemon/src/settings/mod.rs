@@ -7,6 +7,7 @@
 mod address;
 mod arguments;
 mod file;
+mod listener;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -22,6 +23,7 @@ use control::Iops;
 pub use address::{ConsoleAddress, NbdAddress};
 pub use arguments::Action;
 pub use file::SettingsFile;
+pub use listener::{NbdListener, NbdTls};
 
 use arguments::Arguments;
 
@@ -29,7 +31,19 @@ use arguments::Arguments;
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 const MIB: u64 = 1 << 20;
 const REDO_SEGMENTS_DEFAULT: NonZeroU32 = NonZeroU32::new(64).unwrap();
+const CONNECTIONS_DEFAULT: NonZeroU32 = NonZeroU32::new(1024).unwrap();
+/// A shard's measured rate is not known at a start; this is below what the reference machine serves.
+const SHARD_IOPS_DEFAULT: NonZeroU32 = NonZeroU32::new(60_000).unwrap();
 const RPO_SECONDS_DEFAULT: NonZeroU32 = NonZeroU32::new(900).unwrap();
+
+/// A certificate and its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateFiles {
+    /// The certificate's file, with its chain.
+    pub certificate: PathBuf,
+    /// The key's file.
+    pub key: PathBuf,
+}
 
 /// All settings, checked; see [`SettingsFile`] for what each means and its default.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,9 +59,15 @@ pub struct Settings {
     /// The control API's socket.
     pub control_socket: PathBuf,
     /// Where hosts connect.
-    pub nbd_listen: Vec<NbdAddress>,
+    pub nbd_listen: Vec<NbdListener>,
     /// Whether hosts may connect over a network in plain text.
     pub nbd_allow_plain: bool,
+    /// What hosts see over TLS; none if the site makes its own.
+    pub nbd_certificate: Option<CertificateFiles>,
+    /// The CAs that sign hosts' certificates.
+    pub nbd_client_ca: Option<PathBuf>,
+    /// The most established connections of hosts.
+    pub nbd_connections_max: NonZeroU32,
     /// Where partners connect (UDP).
     pub replication_listen: SocketAddr,
     /// Where the console and `/metrics` are.
@@ -56,6 +76,8 @@ pub struct Settings {
     pub kek_file: PathBuf,
     /// The number of shard threads.
     pub shards: NonZeroUsize,
+    /// The commands a second that a shard can serve.
+    pub shard_iops_estimate: NonZeroU32,
     /// The storage classes.
     pub classes: Vec<StorageClass>,
     /// The smallest volume.
@@ -183,12 +205,16 @@ impl Settings {
             site,
             pools: file.pools.map_or_else(|| default_pool(under("pool")), absolute_pools),
             control_socket: path(file.control_socket, "control.sock"),
-            nbd_listen: file.nbd_listen.unwrap_or_else(|| vec![NbdAddress::Tcp(loopback(10_809))]),
+            nbd_listen: file.nbd_listen.unwrap_or_else(default_listeners),
+            nbd_certificate: certificate(file.nbd_certificate_file, file.nbd_key_file)?,
+            nbd_client_ca: file.nbd_client_ca_file.map(|path| absolute(&path)),
+            nbd_connections_max: file.nbd_connections_max.unwrap_or(CONNECTIONS_DEFAULT),
             nbd_allow_plain: file.nbd_allow_plain.unwrap_or(false),
             replication_listen: file.replication_listen.unwrap_or_else(|| loopback(10_820)),
             console_listen: file.console_listen.unwrap_or_else(|| ConsoleAddress::Tcp(loopback(10_880))),
             kek_file: path(file.kek_file, "kek"),
             shards: file.shards.unwrap_or(cores),
+            shard_iops_estimate: file.shard_iops_estimate.unwrap_or(SHARD_IOPS_DEFAULT),
             classes: classes(file.classes.unwrap_or_default()),
             minimum_size: bytes(file.minimum_size_bytes, 500 << 30),
             mirrored_iops_per_tib: file.mirrored_iops_per_tib.unwrap_or_else(mirrored),
@@ -211,7 +237,8 @@ impl Settings {
 
     fn check_places(&self) -> Result<(), SettingsError> {
         let paths = [&self.data_dir, &self.control_socket, &self.kek_file];
-        for path in paths.into_iter().chain(self.pools.values()) {
+        let tls = self.nbd_certificate.iter().flat_map(|files| [&files.certificate, &files.key]);
+        for path in paths.into_iter().chain(self.pools.values()).chain(tls).chain(&self.nbd_client_ca) {
             if path.to_str().is_none() {
                 return Err(refuse("data_dir", path.display(), "a path must be UTF-8 text; choose another"));
             }
@@ -231,13 +258,17 @@ impl Settings {
         }
         check_socket("control_socket", &self.control_socket)?;
         between("nbd_listen", u64::try_from(self.nbd_listen.len()).unwrap_or(u64::MAX), 1, 16)?;
-        for address in &self.nbd_listen {
-            match address {
+        for listener in &self.nbd_listen {
+            match &listener.address {
                 NbdAddress::Unix(path) => check_socket("nbd_listen", path)?,
-                NbdAddress::Tcp(address) if address.ip().is_loopback() || self.nbd_allow_plain => {}
+                NbdAddress::Tcp(address)
+                    if address.ip().is_loopback()
+                        || self.nbd_allow_plain
+                        || listener.tls == NbdTls::Required => {}
                 NbdAddress::Tcp(address) => {
-                    let advice = "NBD without TLS would cross the network in plain text; use a loopback address or \
-                                  unix:PATH, or set nbd_allow_plain = true where the network itself is trusted";
+                    let advice = "NBD without TLS would cross the network in plain text; use tls = \"required\", a \
+                                  loopback address or unix:PATH, or set nbd_allow_plain = true where the network \
+                                  itself is trusted";
                     return Err(refuse("nbd_listen", address, advice));
                 }
             }
@@ -257,6 +288,7 @@ impl Settings {
         between("redo_segment_bytes", self.redo_segment.0, self.cut.0.saturating_mul(4), 16 << 30)?;
         between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
         between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
+        between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 65_536)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
         between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;
@@ -304,6 +336,28 @@ fn classes(own: BTreeMap<VolumeName, Iops>) -> Vec<StorageClass> {
         }
     }
     classes
+}
+
+fn default_listeners() -> Vec<NbdListener> {
+    vec![NbdListener { address: NbdAddress::Tcp(loopback(10_809)), tls: NbdTls::Off }]
+}
+
+fn certificate(
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+) -> Result<Option<CertificateFiles>, SettingsError> {
+    let missing = |key| SettingsError::Absent {
+        key,
+        advice: "nbd_certificate_file and nbd_key_file are given together, or neither and the site makes its own",
+    };
+    match (certificate, key) {
+        (None, None) => Ok(None),
+        (Some(_), None) => Err(missing("nbd_key_file")),
+        (None, Some(_)) => Err(missing("nbd_certificate_file")),
+        (Some(certificate), Some(key)) => {
+            Ok(Some(CertificateFiles { certificate: absolute(&certificate), key: absolute(&key) }))
+        }
+    }
 }
 
 fn default_pool(folder: PathBuf) -> BTreeMap<VolumeName, PathBuf> {

@@ -22,7 +22,7 @@ fn dev_keeps_everything_under_its_directory() {
     assert_eq!(settings.pools.values().next().unwrap(), Path::new("/srv/az1/pool"));
     assert_eq!(settings.control_socket, Path::new("/srv/az1/control.sock"));
     assert_eq!(settings.kek_file, Path::new("/srv/az1/kek"));
-    assert_eq!(settings.nbd_listen, [NbdAddress::Tcp("127.0.0.1:10809".parse().unwrap())]);
+    assert_eq!(settings.nbd_listen, ["127.0.0.1:10809".parse().unwrap()]);
     assert_eq!(settings.replication_listen, "127.0.0.1:10820".parse().unwrap());
     assert_eq!(settings.console_listen, ConsoleAddress::Tcp("127.0.0.1:10880".parse().unwrap()));
     assert_eq!((settings.minimum_size, settings.action), (ByteCount(MIB), Action::Serve));
@@ -45,7 +45,11 @@ fn flags_override_the_file_which_overrides_the_defaults() {
 
 #[test]
 fn the_effective_settings_read_again_are_the_same() {
-    for settings in [dev("--nbd unix:/tmp/n --shards 2").unwrap(), config("site = 'a'", "").unwrap()] {
+    let tls = "site = 'a'\nnbd_certificate_file = '/c'\nnbd_key_file = '/k'\nnbd_client_ca_file = '/a'\n\
+               nbd_listen = ['unix:/n', { address = '0.0.0.0:1', tls = 'required' }]\n";
+    let flags = "--nbd unix:/tmp/n --nbd 127.0.0.1:1,tls=optional --nbd-client-ca /a --shards 2";
+    for settings in [dev(flags), config("site = 'a'", ""), config(tls, "")] {
+        let settings = settings.unwrap();
         assert_eq!(config(&settings.effective(), "").unwrap(), settings);
     }
 }
@@ -66,6 +70,14 @@ fn every_refusal_names_the_key_the_value_and_what_to_do() {
         ("site = 'a'\nnbd_listen = []", "setting 'nbd_listen' = 0 is not allowed"),
         ("site = 'a'\nnbd_listen = ['localhost']", "write IP:PORT or unix:PATH"),
         ("site = 'a'\nnbd_listen = ['0.0.0.0:10809']", "set nbd_allow_plain = true"),
+        (
+            "site = 'a'\nnbd_listen = [{ address = '[::]:1', tls = 'optional' }]",
+            "'nbd_listen' = [::]:1 is not allowed: NBD without TLS would cross the network",
+        ),
+        ("site = 'a'\nnbd_listen = [{ address = '[::]:1', tls = 'yes' }]", "unknown variant `yes`"),
+        ("site = 'a'\nnbd_key_file = 'k'", "setting 'nbd_certificate_file' is missing"),
+        ("site = 'a'\nnbd_certificate_file = 'c'", "setting 'nbd_key_file' is missing"),
+        ("site = 'a'\nnbd_connections_max = 65537", "give 1 to 65536"),
         ("site = 'a'\n[classes]\nx = 0", "IOPS limit '0' is not understood"),
     ] {
         let refused = config(text, "").unwrap_err().to_string();
@@ -75,6 +87,7 @@ fn every_refusal_names_the_key_the_value_and_what_to_do() {
     let long = format!("site = 'a'\ncontrol_socket = '/{}'", "x".repeat(120));
     assert!(config(&long, "").unwrap_err().to_string().contains("at most 107 bytes"));
     config("site = 'a'\nnbd_allow_plain = true\nnbd_listen = ['[::]:10809']", "").unwrap();
+    config("site = 'a'\nnbd_listen = [{ address = '[::]:10809', tls = 'required' }]", "").unwrap();
 }
 
 #[test]

@@ -3,15 +3,17 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
-use block::VolumeId;
+use block::{ByteCount, IopsLimit, VolumeId};
 use bytes::Bytes;
+use control::{Peer, VolumeAccess};
 use crypto::VolumeCipher;
 use frontend::nbd::Negotiated;
 use protocol::{GroupState, Hello};
 use replicator::SessionHandle;
 use store::{File, Socket, Waker};
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
+use super::tls::TlsSession;
 use crate::group::{
     CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorSettings, MirrorSnapshot, OpenedMirror,
     VerbRefused, VolumeSnapshot,
@@ -36,6 +38,22 @@ pub struct VolumeFiles {
     pub intent: Option<File>,
     /// `None` while its key is not unwrapped: a secondary's.
     pub cipher: Option<Arc<VolumeCipher>>,
+}
+
+/// A host's connection, as its handshake leaves it.
+pub struct HostConnection {
+    /// The socket.
+    pub socket: Socket,
+    /// TLS over it; none in clear text. All its plaintext was read.
+    pub tls: Option<Box<TlsSession>>,
+    /// Its host.
+    pub peer: Peer,
+    /// What was agreed on.
+    pub negotiated: Negotiated,
+    /// Bytes received behind the handshake, as plaintext.
+    pub early: Bytes,
+    /// Its place among the connections that a site may have; free again when the connection is gone.
+    pub place: OwnedSemaphorePermit,
 }
 
 /// The files of a mirror's redo log.
@@ -146,11 +164,27 @@ pub enum ShardCommand {
         /// Which volume of it.
         volume: VolumeId,
         /// The connection.
-        socket: Socket,
-        /// What was agreed on.
-        negotiated: Negotiated,
-        /// Bytes received behind the handshake.
-        early: Bytes,
+        connection: Box<HostConnection>,
+    },
+    /// Who may open a volume has changed: connections whose hosts lost what they have are closed.
+    Access {
+        /// Which group.
+        key: GroupKey,
+        /// Which volume of it.
+        volume: VolumeId,
+        /// Who may open it now.
+        access: VolumeAccess,
+    },
+    /// A volume has grown; its file has already.
+    Resize {
+        /// Which group.
+        key: GroupKey,
+        /// Which volume of it.
+        volume: VolumeId,
+        /// Its size now.
+        size: ByteCount,
+        /// Its limit at this size.
+        limit: IopsLimit,
     },
     /// The session that a group asked for.
     Dialed {

@@ -5,12 +5,18 @@
 
 use block::{ByteRange, Extent, HostCommand, VolumeId, VolumeIndex};
 use bytes::Bytes;
-use frontend::nbd::{Cookie, Event, Negotiated, ReplyStyle, Transmission};
+use control::{Peer, VolumeAccess};
+use engine::STEP_BYTES_MAX;
+use engine::volume::STEPS_IN_FLIGHT_MAX;
+use frontend::nbd::{Cookie, Event, ReplyStyle, Transmission};
 use store::{Buffer, Operation, Payload, Socket};
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::command::HostConnection;
 use super::datapath::Pending;
 use super::output::Output;
 use super::requests::{HostPayload, Parts, Request};
+use super::tls::TlsSession;
 use super::{GroupKey, Shard, holes};
 
 /// Bytes received at once.
@@ -30,11 +36,11 @@ const SHARE: usize = 4;
 pub(super) struct ConnectionId(pub(super) usize);
 
 /// A write whose payload is still arriving.
-struct Arriving {
-    cookie: Cookie,
-    command: HostCommand,
-    buffer: Buffer,
-    filled: usize,
+pub(super) struct Arriving {
+    pub(super) cookie: Cookie,
+    pub(super) command: HostCommand,
+    pub(super) buffer: Buffer,
+    pub(super) filled: usize,
 }
 
 /// A read or write that waits for memory.
@@ -45,7 +51,7 @@ struct Waiting {
     length: usize,
 }
 
-enum Intake {
+pub(super) enum Intake {
     /// Nothing is being received: commands or memory are awaited.
     Paused,
     /// A receive is on its way.
@@ -58,26 +64,40 @@ enum Intake {
 pub(super) struct Connection {
     pub(super) key: GroupKey,
     pub(super) volume: VolumeIndex,
-    socket: Socket,
+    pub(super) socket: Socket,
+    /// Its TLS, if it is not in clear text.
+    pub(super) tls: Option<Box<TlsSession>>,
     transmission: Transmission,
-    intake: Intake,
+    pub(super) intake: Intake,
     /// The receive buffer while it is not with the kernel, and which part of it is not parsed.
-    input: Option<Buffer>,
-    unparsed: std::ops::Range<usize>,
-    arriving: Option<Arriving>,
+    pub(super) input: Option<Buffer>,
+    pub(super) unparsed: std::ops::Range<usize>,
+    pub(super) arriving: Option<Arriving>,
     /// The last request was a large write.
     bulky: bool,
+    /// The last receive got all that there was.
+    quiet: bool,
     waiting: Option<Waiting>,
     commands: usize,
     /// Bytes of its commands on their way, with those of replies that are not sent.
     bytes: usize,
-    output: Output,
+    pub(super) output: Output,
     /// Closes as soon as its commands are answered.
     ending: bool,
-    closed: bool,
+    pub(super) closed: bool,
+    /// Its host, and whether it was let in to read only.
+    peer: Peer,
+    read_only: bool,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Connection {
+    /// True if it wants no more, and everything is answered and sent.
+    pub(super) fn is_over(&self) -> bool {
+        let ended = self.ending || matches!(self.intake, Intake::Ended);
+        ended && self.commands == 0 && self.output.is_flushed()
+    }
+
     /// True if nothing is left to be sent.
     pub(super) fn is_flushed(&self) -> bool {
         self.output.is_flushed()
@@ -85,14 +105,8 @@ impl Connection {
 }
 
 impl Shard {
-    pub(super) fn connect(
-        &mut self,
-        key: GroupKey,
-        volume: VolumeId,
-        socket: Socket,
-        negotiated: &Negotiated,
-        early: &Bytes,
-    ) {
+    pub(super) fn connect(&mut self, key: GroupKey, volume: VolumeId, connection: HostConnection) {
+        let HostConnection { socket, tls, peer, negotiated, early, place } = connection;
         let index = self.volume_index(key, volume);
         let served = self.groups.get_mut(&key).filter(|served| served.group.is_presented());
         let (Some(index), Some(served)) = (index, served) else {
@@ -103,24 +117,29 @@ impl Shard {
         let mut input = self.pool.take_over(RECEIVE_BYTES.max(early.len()));
         let parsed = early.len();
         if let Some(start) = input.get_mut(..parsed) {
-            start.copy_from_slice(early);
+            start.copy_from_slice(&early);
         }
         let id = ConnectionId(self.connections.insert(Connection {
             key,
             volume: index,
             socket,
-            transmission: Transmission::new(negotiated),
+            tls,
+            transmission: Transmission::new(&negotiated),
             intake: Intake::Paused,
             input: Some(input),
             unparsed: 0..parsed,
             arriving: None,
             bulky: false,
+            quiet: true,
             waiting: None,
             commands: 0,
             bytes: 0,
             output: Output::default(),
             ending: false,
             closed: false,
+            peer,
+            read_only: negotiated.read_only,
+            _place: place,
         }));
         served.connections.insert(id);
         self.parse(id);
@@ -132,7 +151,14 @@ impl Shard {
             let Some(connection) = self.connections.get_mut(id.0) else {
                 return;
             };
-            if connection.closed || connection.arriving.is_some() || connection.waiting.is_some() {
+            if connection.closed || connection.waiting.is_some() {
+                break;
+            }
+            if connection.arriving.is_some() {
+                // In clear text the kernel receives the rest of a payload; through TLS some of it may be here.
+                if self.fill_arriving(id) {
+                    continue;
+                }
                 break;
             }
             if connection.ending || connection.output.is_clogged() {
@@ -146,6 +172,7 @@ impl Shard {
             let parsed = connection.transmission.parse(unparsed);
             connection.unparsed.start += parsed.consumed;
             match parsed.event {
+                Event::NeedMore if connection.refill() => {}
                 Event::NeedMore => break,
                 Event::Request { cookie, command } => {
                     connection.bulky = false;
@@ -205,13 +232,14 @@ impl Shard {
         let Some(Waiting { cookie, command, length }) = connection.waiting else {
             return true;
         };
-        let own_full = connection.bytes > 0 && connection.bytes + length > self.request_bytes_max / SHARE;
-        let all_full = self.request_bytes > 0 && self.request_bytes + length > self.request_bytes_max;
+        let charged = charge(&command);
+        let own_full = connection.bytes > 0 && connection.bytes + charged > self.request_bytes_max / SHARE;
+        let all_full = self.request_bytes > 0 && self.request_bytes + charged > self.request_bytes_max;
         if own_full || all_full {
             return false;
         }
-        connection.bytes += length;
-        self.request_bytes += length;
+        connection.bytes += charged;
+        self.request_bytes += charged;
         connection.waiting = None;
         if !matches!(command, HostCommand::Write { .. }) {
             self.submit_command(id, cookie, command, HostPayload::Nothing);
@@ -253,33 +281,41 @@ impl Shard {
             return;
         }
         let socket = connection.socket.clone();
-        let (pending, buffer, range, fill) = match connection.arriving.take() {
+        let arriving = connection.arriving.take_if(|_| connection.tls.is_none());
+        let (pending, buffer, range, fill, quiet) = match arriving {
             Some(Arriving { cookie, command, buffer, filled }) => {
                 let range = filled..buffer.len();
                 let missing = range.len();
-                (Pending::ReceivePayload { id, cookie, command, missing }, buffer, range, true)
+                (Pending::ReceivePayload { id, cookie, command, missing }, buffer, range, true, false)
             }
             None => {
                 let Some(input) = connection.input.take() else {
                     return;
                 };
                 assert!(connection.unparsed.is_empty(), "a parser that needs more has used everything");
-                let most = if connection.bulky { RECEIVE_BYTES_BULKY } else { input.len() };
+                let bulky = connection.bulky && connection.tls.is_none();
+                let most = if bulky { RECEIVE_BYTES_BULKY } else { input.len() };
                 let range = 0..most.min(input.len());
-                (Pending::Receive { id }, input, range, false)
+                (Pending::Receive { id }, input, range, false, connection.quiet)
             }
         };
         connection.intake = Intake::Receiving;
-        self.submit(pending, Operation::Receive { socket, buffer, range, fill });
+        self.submit(pending, Operation::Receive { socket, buffer, range, fill, quiet });
     }
 
     pub(super) fn received(&mut self, id: ConnectionId, buffer: Buffer, count: Option<usize>) {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
+        let some = count.is_some_and(|count| count > 0);
+        let asked = if connection.bulky { RECEIVE_BYTES_BULKY } else { buffer.len() };
+        connection.quiet = count.is_some_and(|count| count < asked);
+        if connection.tls.is_some() && some && !connection.closed {
+            return self.received_sealed(id, buffer, count.unwrap_or(0));
+        }
         connection.input = Some(buffer);
         connection.unparsed = 0..count.unwrap_or(0);
-        self.received_some(id, count.unwrap_or(0) > 0);
+        self.received_some(id, some);
     }
 
     pub(super) fn received_payload(
@@ -299,7 +335,7 @@ impl Shard {
         self.received_some(id, whole);
     }
 
-    fn received_some(&mut self, id: ConnectionId, some: bool) {
+    pub(super) fn received_some(&mut self, id: ConnectionId, some: bool) {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
@@ -323,7 +359,7 @@ impl Shard {
         }
     }
 
-    fn submit_command(
+    pub(super) fn submit_command(
         &mut self,
         id: ConnectionId,
         cookie: Cookie,
@@ -416,13 +452,15 @@ impl Shard {
         if connection.closed {
             return;
         }
-        if let Some(pieces) = connection.output.begin_send() {
+        if connection.tls.is_some() {
+            return self.send_sealed(id);
+        }
+        if let Some(pieces) = connection.output.begin_send(usize::MAX) {
             let socket = connection.socket.clone();
             return self
                 .submit(Pending::Send { id }, Operation::Send { socket, data: Payload::Many(pieces) });
         }
-        let ended = connection.ending || matches!(connection.intake, Intake::Ended);
-        if ended && connection.commands == 0 && connection.output.is_flushed() {
+        if connection.is_over() {
             self.close(id);
         }
     }
@@ -484,6 +522,25 @@ impl Shard {
         }
     }
 
+    /// Closes the connections to a volume whose hosts may not have them any more.
+    pub(super) fn apply_access(&mut self, key: GroupKey, volume: VolumeId, access: &VolumeAccess) {
+        let (Some(index), Some(served)) = (self.volume_index(key, volume), self.groups.get(&key)) else {
+            return;
+        };
+        let lost = |id: &&ConnectionId| {
+            self.connections.get(id.0).is_some_and(|connection| {
+                connection.volume == index && !access.permits(&connection.peer, connection.read_only)
+            })
+        };
+        let lost: Vec<ConnectionId> = served.connections.iter().filter(lost).copied().collect();
+        if !lost.is_empty() {
+            tracing::info!(count = lost.len(), "host connections are closed: their access was taken back");
+        }
+        for id in lost {
+            self.close(id);
+        }
+    }
+
     /// Closes a group's connections at once.
     pub(super) fn close_connections(&mut self, key: GroupKey, reason: &str) {
         let ids: Vec<ConnectionId> = self
@@ -521,9 +578,14 @@ fn put_read(output: &mut Output, style: ReplyStyle, cookie: Cookie, range: ByteR
     hidden
 }
 
-/// Bytes that a command holds while it is on its way.
+/// Bytes that a command holds while it is on its way: those of a write that is cut into steps twice, once in its own
+/// buffer and once in the steps'.
 pub(super) fn charge(command: &HostCommand) -> usize {
+    const STEPS_BYTES_MAX: u64 = STEP_BYTES_MAX * (STEPS_IN_FLIGHT_MAX as u64);
     let length = match command {
+        HostCommand::Write { range, .. } if range.length() > STEP_BYTES_MAX => {
+            range.length() + range.length().min(STEPS_BYTES_MAX)
+        }
         HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
         HostCommand::Flush
         | HostCommand::Trim { .. }

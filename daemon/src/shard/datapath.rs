@@ -182,7 +182,6 @@ impl Shard {
 
     /// Counts a group's operations on their way.
     pub(super) fn count(&mut self, key: GroupKey, change: isize) {
-        self.storage = self.storage.saturating_add_signed(change);
         if let Some(served) = self.groups.get_mut(&key) {
             served.outstanding = served.outstanding.saturating_add_signed(change);
         }
@@ -334,9 +333,9 @@ impl Shard {
         });
     }
 
-    /// One turn of sealing and opening.
-    pub(super) fn work_sealing(&mut self) {
-        for job in self.sealing.turn() {
+    /// Seals and opens at most `budget` bytes.
+    pub(super) fn work_sealing(&mut self, budget: &mut usize) {
+        for job in self.sealing.turn(budget) {
             let (key, volume) = (job.key, job.volume);
             match job.then {
                 Then::Deliver { step, command, device, wanted } => {

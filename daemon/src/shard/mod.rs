@@ -13,6 +13,8 @@ mod mirror_io;
 mod output;
 mod requests;
 mod sealing;
+mod secured;
+mod tls;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
@@ -25,34 +27,33 @@ use block::{Monotonic, VolumeId, VolumeIndex, WallTime};
 use bytes::Bytes;
 use replicator::Wake;
 use slab::Slab;
-use store::{BufferPool, Completion, Gather, Operation, Ring, Token, Waker};
+use store::{BufferPool, Completion, Operation, Ring, Token, Waker};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::group::{CleanState, Group};
 
 pub use clock::{monotonic, wall};
 pub use command::{
-    GroupKey, GroupSnapshot, GroupStart, MirroredStart, RedoFiles, ShardCommand, ShardHandle, ShardNews,
-    Verb, VerbResult, VolumeFiles,
+    GroupKey, GroupSnapshot, GroupStart, HostConnection, MirroredStart, RedoFiles, ShardCommand, ShardHandle,
+    ShardNews, Verb, VerbResult, VolumeFiles,
 };
+pub use tls::{Progress, TlsError, TlsSession};
 
 use connection::{Connection, ConnectionId};
 use datapath::Pending;
 use meters::VolumeMeters;
 use mirror_io::Link;
 use requests::Requests;
-use sealing::Sealing;
+use sealing::{Sealing, TURN_BYTES};
 
 /// Submissions that one system call takes to the kernel.
 const RING_ENTRIES: u32 = 1024;
 /// The longest write of raw zeros at once: a step's length.
 const ZEROS_BYTES: usize = 1 << 20;
-/// Of this many storage operations on their way, one completion is waited for with the others...
-const GATHER_SHARE: usize = 4;
-/// ...up to so many...
-const GATHER_MAX: u32 = 16;
-/// ...and for so long.
-const GATHER_WITHIN: Duration = Duration::from_micros(30);
+/// Rounds of sealing and effects in one turn; a command needs two or three.
+const ROUNDS_MAX: usize = 8;
+/// A shard that was idle for so long gives resting memory back to the system.
+const IDLE_TRIM: Duration = Duration::from_secs(2);
 /// A shard without work and timers wakes up this often, to notice a clock that was wrong.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
 
@@ -132,8 +133,6 @@ struct Shard {
     /// The clocks at the beginning of this turn.
     now: Monotonic,
     wall: WallTime,
-    /// Storage operations on their way, of all groups.
-    storage: usize,
 }
 
 /// Starts shard `index`; its news carry the index. `receive_bytes` bounds the memory of requests on their way.
@@ -202,17 +201,18 @@ impl Shard {
             stopping: false,
             now: monotonic(),
             wall: wall(),
-            storage: 0,
         }
     }
 
     /// Turns until it is told to stop.
     fn run(mut self) {
         let mut completions: Vec<Completion> = Vec::with_capacity(256);
+        // When the shard last had something to do, until its resting memory was given back.
+        let mut busy_at = Some(self.now);
         while !self.stopping {
-            let timeout = self.timeout();
-            let gather = self.gather();
-            match self.ring.wait_gathering(Some(timeout), gather, &mut completions) {
+            let rest = if busy_at.is_some() { IDLE_TRIM } else { SLEEP_MAX };
+            let timeout = self.timeout().min(rest);
+            match self.ring.wait(Some(timeout), &mut completions) {
                 Ok(_) => {}
                 Err(error) => {
                     tracing::error!(shard = self.index, %error, "io_uring failed: the shard stops");
@@ -220,6 +220,11 @@ impl Shard {
                 }
             }
             self.read_clocks();
+            if !completions.is_empty() {
+                busy_at = Some(self.now);
+            } else if busy_at.take_if(|at| self.now.since(*at) >= IDLE_TRIM).is_some() {
+                self.pool.trim();
+            }
             for completion in completions.drain(..) {
                 self.complete(completion);
             }
@@ -228,11 +233,23 @@ impl Shard {
                 self.pump_links(key);
             }
             self.fire_timers();
-            self.work_sealing();
-            self.turn_groups();
+            self.work();
             self.feed_starved();
             self.send_replies();
             self.finish_draining();
+        }
+    }
+
+    /// Seals and opens, and performs the effects of the groups that something happened to, until neither leads to more
+    /// of the other: what a write's payload or a read's data leads to reaches the kernel with one system call.
+    fn work(&mut self) {
+        let mut budget = TURN_BYTES;
+        for _ in 0..ROUNDS_MAX {
+            self.work_sealing(&mut budget);
+            self.turn_groups();
+            if self.touched.is_empty() && (self.sealing.is_empty() || budget == 0) {
+                return;
+            }
         }
     }
 
@@ -247,13 +264,6 @@ impl Shard {
     fn read_clocks(&mut self) {
         self.now = monotonic();
         self.wall = wall();
-    }
-
-    /// A turn that takes several completions costs less for each (fewer system calls, fuller sends), and while many
-    /// operations are in flight one of them is late by less than the device takes for it. A lone request never waits.
-    fn gather(&self) -> Gather {
-        let count = u32::try_from(self.storage / GATHER_SHARE).unwrap_or(1).min(GATHER_MAX);
-        Gather { count, within: GATHER_WITHIN }
     }
 
     fn take_commands(&mut self) {
@@ -355,8 +365,12 @@ impl Shard {
                     volume.files.cipher = Some(cipher);
                 }
             }),
-            ShardCommand::Connect { key, volume, socket, negotiated, early } => {
-                self.connect(key, volume, socket, &negotiated, &early);
+            ShardCommand::Connect { key, volume, connection } => self.connect(key, volume, *connection),
+            ShardCommand::Access { key, volume, access } => self.apply_access(key, volume, &access),
+            ShardCommand::Resize { key, volume, size, limit } => {
+                if let Some(index) = self.volume_index(key, volume) {
+                    self.with_group(key, |served, _| served.group.resize(index, size, limit));
+                }
             }
             ShardCommand::Dialed { key, session } => self.dialed(key, session),
             ShardCommand::Greeted { key, session, hello } => self.greeted(key, session, hello),

@@ -51,8 +51,9 @@ impl Output {
         self.sending
     }
 
-    /// The pieces of the next send; `None` if there are none, or one is on its way.
-    pub(super) fn begin_send(&mut self) -> Option<Vec<Bytes>> {
+    /// The pieces of the next send, of at most `bytes_max` bytes unless the first is longer; `None` if there are none,
+    /// or a send is on its way.
+    pub(super) fn begin_send(&mut self, bytes_max: usize) -> Option<Vec<Bytes>> {
         if self.sending {
             return None;
         }
@@ -61,15 +62,21 @@ impl Output {
             return None;
         }
         let mut send = std::mem::take(&mut self.spare);
-        if self.pieces.len() <= PIECES_MAX {
+        let count = self.count_within(bytes_max);
+        if count == self.pieces.len() {
             std::mem::swap(&mut send, &mut self.pieces);
             self.sending_charge = self.charges.drain(..).sum();
         } else {
-            send.extend(self.pieces.drain(..PIECES_MAX));
-            self.sending_charge = self.charges.drain(..PIECES_MAX).sum();
+            send.extend(self.pieces.drain(..count));
+            self.sending_charge = self.charges.drain(..count).sum();
         }
         self.sending = true;
         Some(send)
+    }
+
+    /// Claims the sending direction for bytes that are no replies; false if a send is on its way.
+    pub(super) const fn begin_other(&mut self) -> bool {
+        !std::mem::replace(&mut self.sending, true)
     }
 
     /// The send ended; returns its charged bytes. `sent` is its list of pieces.
@@ -88,6 +95,19 @@ impl Output {
         self.charges.drain(..).sum()
     }
 
+    fn count_within(&self, bytes_max: usize) -> usize {
+        let most = self.pieces.len().min(PIECES_MAX);
+        if bytes_max == usize::MAX {
+            return most;
+        }
+        let mut bytes = 0_usize;
+        let fits = |piece: &&Bytes| {
+            bytes = bytes.saturating_add(piece.len());
+            bytes <= bytes_max
+        };
+        self.pieces.iter().take(most).take_while(fits).count().max(1)
+    }
+
     fn seal_heads(&mut self) {
         if !self.heads.is_empty() {
             self.charges.push(0);
@@ -102,6 +122,12 @@ mod tests {
 
     #[test]
     fn pieces_leave_in_order_and_only_data_is_charged() {
+        for most in [usize::MAX, 100, 1] {
+            leave_in_order(most);
+        }
+    }
+
+    fn leave_in_order(most: usize) {
         let mut output = Output::default();
         let mut expected = Vec::new();
         for number in 0..400_u16 {
@@ -113,9 +139,9 @@ mod tests {
         output.heads().extend_from_slice(b"last");
         expected.extend_from_slice(b"last");
         let (mut sent, mut charged) = (Vec::new(), 0);
-        while let Some(pieces) = output.begin_send() {
-            assert!(output.begin_send().is_none() && !output.is_flushed());
-            assert!(pieces.len() <= PIECES_MAX);
+        while let Some(pieces) = output.begin_send(most) {
+            assert!(output.begin_send(most).is_none() && !output.is_flushed());
+            assert!(pieces.len() <= PIECES_MAX && (pieces.len() == 1 || pieces.concat().len() <= most));
             sent.extend(pieces.concat());
             charged += output.end_send(pieces);
         }
@@ -127,7 +153,7 @@ mod tests {
     fn what_is_abandoned_is_given_back_once() {
         let mut output = Output::default();
         output.push_data(Bytes::from(vec![0; 10]));
-        let sending = output.begin_send().unwrap();
+        let sending = output.begin_send(usize::MAX).unwrap();
         output.push_data(Bytes::from(vec![0; 5]));
         assert_eq!(output.abandon(), 5);
         assert_eq!(output.end_send(sending), 10);

@@ -11,7 +11,7 @@ use store::Buffer;
 use super::GroupKey;
 
 /// Bytes sealed or opened in one turn.
-const TURN_BYTES: usize = 256 << 10;
+pub(super) const TURN_BYTES: usize = 256 << 10;
 
 /// What becomes of the bytes.
 #[derive(Clone, Copy, Debug)]
@@ -77,15 +77,14 @@ impl Sealing {
         self.jobs.is_empty()
     }
 
-    /// One turn: the jobs that it finished.
-    pub(super) fn turn(&mut self) -> Vec<Job> {
-        let mut budget = TURN_BYTES;
+    /// Works on at most `budget` bytes, which it lowers; gives the jobs that it finished.
+    pub(super) fn turn(&mut self, budget: &mut usize) -> Vec<Job> {
         let mut finished = Vec::new();
-        while budget > 0 {
+        while *budget > 0 {
             let Some(mut job) = self.jobs.pop_front() else {
                 break;
             };
-            budget -= job.work(budget);
+            *budget -= job.work(*budget);
             if job.done == job.buffer.len() {
                 finished.push(job);
             } else {

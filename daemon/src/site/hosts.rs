@@ -3,41 +3,49 @@
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use frontend::nbd::{Handshake, HandshakeOutput, Negotiated, TlsMode};
 use rustix::net::sockopt;
 use store::Socket;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::Semaphore;
 
 use super::Site;
-use crate::settings::NbdAddress;
-use crate::shard::ShardCommand;
+use super::greeting::{Greeted, Protection, greet};
+use super::greetings::{Greetings, Origin};
+use crate::settings::{NbdAddress, NbdTls};
+use crate::shard::{HostConnection, ShardCommand};
 
 /// A handshake that takes longer is ended: clients need a few round trips.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Handshakes at the same time; established connections do not count.
+/// Handshakes of a listener at the same time; established connections do not count.
 const HANDSHAKES_MAX: usize = 256;
 /// A host that is silent for so long is asked whether it is still there; after twice as long it is given up.
 const HOST_SILENCE: Duration = Duration::from_secs(30);
+/// Bytes that the kernel queues for a host on this machine.
+const UNIX_SEND_BYTES: usize = 1 << 20;
 /// After a failed accept (out of descriptors) the listener rests.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A bound listener.
-pub(super) enum HostListener {
+pub(super) struct HostListener {
+    socket: Listening,
+    protection: Protection,
+}
+
+enum Listening {
     Tcp(TcpListener),
-    Unix(UnixListener, std::path::PathBuf),
+    Unix(UnixListener, PathBuf),
 }
 
 impl HostListener {
     /// Binds; a Unix socket of a daemon that is gone is replaced.
-    pub(super) async fn bind(address: &NbdAddress) -> io::Result<Self> {
-        match address {
-            NbdAddress::Tcp(address) => Ok(Self::Tcp(TcpListener::bind(address).await?)),
+    pub(super) async fn bind(address: &NbdAddress, protection: Protection) -> io::Result<Self> {
+        assert!(protection.config.is_some() || protection.tls == NbdTls::Off, "TLS has a certificate");
+        let socket = match address {
+            NbdAddress::Tcp(address) => Listening::Tcp(TcpListener::bind(address).await?),
             NbdAddress::Unix(path) => {
                 if UnixStream::connect(path).await.is_ok() {
                     return Err(io::Error::from(io::ErrorKind::AddrInUse));
@@ -49,36 +57,43 @@ impl HostListener {
                     Ok(_) => return Err(io::Error::from(io::ErrorKind::AlreadyExists)),
                     Err(_) => {}
                 }
-                Ok(Self::Unix(UnixListener::bind(path)?, path.clone()))
+                Listening::Unix(UnixListener::bind(path)?, path.clone())
             }
-        }
+        };
+        Ok(Self { socket, protection })
     }
 
-    /// Where hosts connect, as an NBD URI without an export name.
+    /// Where hosts connect, as an NBD URI without an export name; with TLS where it is offered.
     pub(super) fn uri(&self) -> String {
-        match self {
-            Self::Tcp(listener) => listener
+        let scheme = match self.protection.tls {
+            NbdTls::Off => "nbd",
+            NbdTls::Optional | NbdTls::Required => "nbds",
+        };
+        match &self.socket {
+            Listening::Tcp(listener) => listener
                 .local_addr()
-                .map_or_else(|_| "nbd://".to_owned(), |address| format!("nbd://{address}")),
-            Self::Unix(_, path) => format!("nbd+unix:///?socket={}", path.display()),
+                .map_or_else(|_| format!("{scheme}://"), |address| format!("{scheme}://{address}")),
+            Listening::Unix(_, path) => format!("{scheme}+unix:///?socket={}", path.display()),
         }
     }
 
-    /// Accepts for ever.
+    /// Accepts for ever: a connection that waits to be accepted would wait behind those that say nothing.
     pub(super) async fn serve(self, site: Arc<Site>) {
-        let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let greetings = Greetings::new(HANDSHAKES_MAX);
         loop {
-            let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else {
-                return;
-            };
-            let site = Arc::clone(&site);
-            match &self {
-                Self::Tcp(listener) => match listener.accept().await {
-                    Ok((stream, _)) => spawn_greeting(site, stream, permit, into_tcp),
+            let (site, protection) = (Arc::clone(&site), self.protection.clone());
+            match &self.socket {
+                Listening::Tcp(listener) => match listener.accept().await {
+                    Ok((stream, address)) => {
+                        let greeting = welcome(site, stream, protection, into_tcp);
+                        greetings.spawn(Origin::of(address.ip()), greeting);
+                    }
                     Err(error) => rest(&error).await,
                 },
-                Self::Unix(listener, _) => match listener.accept().await {
-                    Ok((stream, _)) => spawn_greeting(site, stream, permit, into_unix),
+                Listening::Unix(listener, _) => match listener.accept().await {
+                    Ok((stream, _)) => {
+                        greetings.spawn(Origin::Local, welcome(site, stream, protection, into_unix));
+                    }
                     Err(error) => rest(&error).await,
                 },
             }
@@ -105,28 +120,27 @@ fn into_tcp(stream: TcpStream) -> io::Result<OwnedFd> {
 }
 
 fn into_unix(stream: UnixStream) -> io::Result<OwnedFd> {
+    // A longer queue of replies lets a large read be sent in one go; the system's bound on it is fine as well.
+    let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BYTES);
     Ok(stream.into_std()?.into())
 }
 
-fn spawn_greeting<S>(
+/// Greets a host and gives its connection to the shard.
+async fn welcome<S>(
     site: Arc<Site>,
     mut stream: S,
-    permit: tokio::sync::OwnedSemaphorePermit,
+    protection: Protection,
     into_descriptor: fn(S) -> io::Result<OwnedFd>,
 ) where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    tokio::spawn(async move {
-        let greeted = limited(greet(&mut stream, &site)).await;
-        drop(permit);
-        let Some((negotiated, early)) = greeted else {
-            return;
-        };
-        match into_descriptor(stream) {
-            Ok(descriptor) => hand_over(&site, descriptor, negotiated, early),
-            Err(error) => tracing::debug!(%error, "a host's connection was lost after its handshake"),
-        }
-    });
+    let Some(greeted) = limited(greet(&mut stream, &site, &protection)).await else {
+        return;
+    };
+    match into_descriptor(stream) {
+        Ok(descriptor) => hand_over(&site, descriptor, greeted),
+        Err(error) => tracing::debug!(%error, "a host's connection was lost after its handshake"),
+    }
 }
 
 async fn limited<T>(greeting: impl Future<Output = io::Result<Option<T>>>) -> Option<T> {
@@ -143,44 +157,26 @@ async fn limited<T>(greeting: impl Future<Output = io::Result<Option<T>>>) -> Op
     }
 }
 
-/// Runs the handshake; gives what was agreed on and the bytes received behind it.
-async fn greet<S>(stream: &mut S, site: &Site) -> io::Result<Option<(Negotiated, Bytes)>>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let mut handshake = Handshake::new(TlsMode::Off);
-    let mut input = Vec::new();
-    loop {
-        while let Some(output) = handshake.poll_output() {
-            match output {
-                HandshakeOutput::Send(bytes) => stream.write_all(&bytes).await?,
-                HandshakeOutput::StartTls => return Err(io::ErrorKind::Unsupported.into()),
-                HandshakeOutput::Established(negotiated) => return Ok(Some((negotiated, input.into()))),
-                HandshakeOutput::Close(reason) => {
-                    tracing::debug!(%reason, "a host's handshake ended");
-                    stream.shutdown().await?;
-                    return Ok(None);
-                }
-            }
-        }
-        if !input.is_empty() {
-            let consumed = handshake.handle_input(&input, site.exports());
-            input.drain(..consumed);
-            if consumed > 0 {
-                continue;
-            }
-        }
-        if stream.read_buf(&mut input).await? == 0 {
-            return Ok(None);
-        }
-    }
-}
-
-fn hand_over(site: &Site, descriptor: OwnedFd, negotiated: Negotiated, early: Bytes) {
-    let Some(key) = site.exports().group(&negotiated.name) else {
+/// Whoever comes last when there is room for one finds none here: its connection closes.
+fn hand_over(site: &Site, descriptor: OwnedFd, greeted: Greeted) {
+    let Greeted { negotiated, peer, tls, early } = greeted;
+    let Ok(place) = Arc::clone(&site.connections).try_acquire_owned() else {
         return;
     };
-    let volume = negotiated.volume;
-    let socket = Socket::from(descriptor);
-    site.shard_of(key).send(ShardCommand::Connect { key, volume, socket, negotiated, early });
+    let (name, read_only, volume) = (negotiated.name.clone(), negotiated.read_only, negotiated.volume);
+    site.exports().hand_over(&name, &peer.clone(), read_only, |key| {
+        let socket = Socket::from(descriptor);
+        let connection = HostConnection { socket, tls, peer, negotiated, early, place };
+        site.shard_of(key).send(ShardCommand::Connect { key, volume, connection: Box::new(connection) });
+    });
+}
+
+impl Site {
+    /// Why no further host is served, if none is.
+    pub(super) fn full(&self) -> Option<String> {
+        (self.connections.available_permits() == 0).then(|| {
+            let most = self.settings.nbd_connections_max;
+            format!("this site has its most connections, {most}; close some, or raise nbd_connections_max")
+        })
+    }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
-use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind};
+use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, VolumeAccess};
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
 use store::File;
@@ -323,6 +323,7 @@ impl Site {
             class: volume.class.clone(),
             iops: volume.iops.map(to_iops),
             cache: Cache::None,
+            access: VolumeAccess::default(),
             wrapped_key: volume.wrapped_key.clone(),
             pool,
         };

@@ -3,10 +3,14 @@
 //! The site owns the catalogue, the shards, the transport to its partners and the listeners. Requests of operators and
 //! partners that change something run one at a time; blocking work runs on tokio's blocking threads.
 
+mod certificates;
+mod changes;
 mod clean;
 mod console;
 mod exports;
 mod files;
+mod greeting;
+mod greetings;
 mod hosts;
 mod mirrors;
 mod operations;
@@ -29,7 +33,7 @@ use protocol::{GroupState, Role};
 use replicator::{
     BudgetedBuffers, CutIntake, Endpoint, PinStore, PinnedCertificate, SiteIdentity, TransportSettings,
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::api::{ControlSocket, router};
 use crate::catalogue::{Catalogue, DirectoryLock, GroupRecord, MirrorRecord};
@@ -39,6 +43,7 @@ use crate::shard::{GroupKey, ShardCommand, ShardHandle, ShardNews};
 
 pub use console::install_metrics;
 use exports::Exports;
+use greeting::Protection;
 use hosts::HostListener;
 
 /// Memory for cuts that were received and are not applied.
@@ -77,6 +82,8 @@ pub struct Site {
     /// Held by whatever changes the set of volumes, partners or mirrors.
     changes: tokio::sync::Mutex<()>,
     started: Instant,
+    /// Places for established connections of hosts.
+    connections: Arc<Semaphore>,
     nbd_uris: Mutex<Vec<String>>,
     requests_failed: AtomicU64,
 }
@@ -148,6 +155,7 @@ impl Site {
             partner_troubles: Mutex::default(),
             changes: tokio::sync::Mutex::default(),
             started: Instant::now(),
+            connections: Arc::new(Semaphore::new(usize::try_from(settings.nbd_connections_max.get())?)),
             nbd_uris: Mutex::default(),
             requests_failed: AtomicU64::new(0),
             settings,
@@ -164,9 +172,11 @@ impl Site {
     ) -> anyhow::Result<Running> {
         // Whatever can be refused is asked for first: opening the groups uses up the records of their clean stops.
         let mut listeners = Vec::new();
-        for address in &self.settings.nbd_listen {
-            let listener = HostListener::bind(address).await.with_context(|| {
-                format!("cannot listen for hosts at {address}: name another address with --nbd")
+        let config = certificates::server_config(&self.settings)?;
+        for listen in &self.settings.nbd_listen {
+            let protection = Protection { tls: listen.tls, config: config.clone() };
+            let listener = HostListener::bind(&listen.address, protection).await.with_context(|| {
+                format!("cannot listen for hosts at {listen}: name another address with --nbd")
             })?;
             lock(&self.nbd_uris).push(listener.uri());
             listeners.push(listener);
@@ -335,8 +345,8 @@ impl Running {
             }
         }
         self.api.abort();
-        for address in &self.site.settings.nbd_listen {
-            if let crate::settings::NbdAddress::Unix(path) = address {
+        for listen in &self.site.settings.nbd_listen {
+            if let crate::settings::NbdAddress::Unix(path) = &listen.address {
                 let _ = std::fs::remove_file(path);
             }
         }

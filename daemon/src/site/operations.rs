@@ -6,7 +6,8 @@ use std::sync::Arc;
 use block::VolumeName;
 use control::{
     CertificateView, Counts, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView,
-    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeCreate, VolumeView,
+    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeCreate,
+    VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -22,7 +23,7 @@ use crate::shard::{GroupKey, Verb};
 type Outcome<T> = Result<T, OperationError>;
 
 impl Site {
-    fn known_volume(&self, name: &VolumeName) -> Outcome<VolumeRecord> {
+    pub(super) fn known_volume(&self, name: &VolumeName) -> Outcome<VolumeRecord> {
         self.catalogue().volume(name).ok_or_else(|| {
             problem(
                 ProblemKind::NotFound,
@@ -134,8 +135,10 @@ impl Operations for Operator {
     async fn volume_create(&self, create: VolumeCreate) -> Outcome<VolumeView> {
         let _changing = self.changes.lock().await;
         let site = Arc::clone(&self.0);
-        let made = tokio::task::spawn_blocking(move || site.make_volume(&create)).await.map_err(internal)?;
-        Ok(self.volume_view(&made?).await)
+        let made =
+            tokio::task::spawn_blocking(move || site.make_volume(&create)).await.map_err(internal)??;
+        let view = self.volume_view(&made).await;
+        Ok(VolumeView { warning: self.limit_warning(&made), ..view })
     }
 
     async fn volume_list(&self) -> Outcome<Vec<VolumeView>> {
@@ -149,6 +152,24 @@ impl Operations for Operator {
     async fn volume_show(&self, name: VolumeName) -> Outcome<VolumeView> {
         let volume = self.known_volume(&name)?;
         Ok(self.volume_view(&volume).await)
+    }
+
+    async fn volume_resize(&self, name: VolumeName, resize: VolumeResize) -> Outcome<VolumeView> {
+        let _changing = self.changes.lock().await;
+        self.resize_volume(&name, resize).await
+    }
+
+    async fn volume_access(&self, name: VolumeName) -> Outcome<VolumeAccess> {
+        Ok(self.known_volume(&name)?.access)
+    }
+
+    async fn volume_access_change(
+        &self,
+        name: VolumeName,
+        change: VolumeAccessChange,
+    ) -> Outcome<VolumeAccess> {
+        let _changing = self.changes.lock().await;
+        self.change_access(&name, change).await
     }
 
     async fn volume_delete(&self, name: VolumeName) -> Outcome<()> {

@@ -20,7 +20,12 @@ impl Site {
             None => None,
         };
         let (state, state_reason) = self.volume_state(volume, snapshot.as_ref());
-        let uris = lock(&self.nbd_uris).iter().map(|uri| with_export(uri, volume.name.as_str())).collect();
+        let tls_only = volume.access.tls_required || !volume.access.hosts.is_empty();
+        let uris = lock(&self.nbd_uris)
+            .iter()
+            .filter(|uri| !tls_only || uri.starts_with("nbds"))
+            .map(|uri| with_export(uri, volume.name.as_str()))
+            .collect();
         VolumeView {
             name: volume.name.clone(),
             id: volume.id,
@@ -31,7 +36,9 @@ impl Site {
             state,
             state_reason,
             mirror: self.catalogue().mirror_of(volume.id).map(|(mirror, _)| mirror.name),
+            access: volume.access.clone(),
             uris,
+            warning: None,
         }
     }
 

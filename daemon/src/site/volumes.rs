@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{ByteCount, IopsLimit, VolumeId};
-use control::{Cache, Iops, ProblemKind, VolumeCreate};
+use block::{ByteCount, IopsLimit, VolumeId, VolumeName};
+use control::{Cache, Iops, ProblemKind, VolumeAccess, VolumeCreate};
 use crypto::{DataKey, VolumeCipher, WrappedKey};
 use protocol::{GroupState, Role};
 use store::File;
@@ -62,7 +62,7 @@ impl Site {
     fn volume_in_trouble(&self, id: VolumeId, reason: &str) {
         lock(&self.troubles).insert(id, reason.to_owned());
         if let Some(volume) = self.catalogue().volume_by_id(id) {
-            self.exports().insert(volume.name.as_str(), id, volume.size, None, reason);
+            self.exports().insert(&volume, None, reason);
         }
     }
 
@@ -115,13 +115,7 @@ impl Site {
 
     pub(super) fn add_lone(&self, volume: &VolumeRecord, home: File, cipher: Arc<VolumeCipher>) {
         let key = self.new_group(vec![volume.id], None);
-        self.exports().insert(
-            volume.name.as_str(),
-            volume.id,
-            volume.size,
-            Some(key),
-            "the volume is being opened",
-        );
+        self.exports().insert(volume, Some(key), "the volume is being opened");
         let name = volume.name.to_string();
         let files = vec![VolumeFiles { id: volume.id, name, home, intent: None, cipher: Some(cipher) }];
         let start = GroupStart::Alone(vec![self.group_volume(volume)]);
@@ -205,7 +199,7 @@ impl Site {
         let key = self.new_group(ids, Some(mirror.id));
         for volume in volumes {
             let reason = "the mirror is being opened";
-            self.exports().insert(volume.name.as_str(), volume.id, volume.size, Some(key), reason);
+            self.exports().insert(volume, Some(key), reason);
         }
         let start = GroupStart::Mirrored(Box::new(start));
         self.shard_of(key).send(ShardCommand::Add { key, files, start });
@@ -223,7 +217,10 @@ impl Site {
             );
             return Err(problem(ProblemKind::Invalid, detail));
         }
-        let size = create.size_bytes;
+        self.check_size(name, create.size_bytes)
+    }
+
+    pub(super) fn check_size(&self, name: &VolumeName, size: ByteCount) -> Result<(), OperationError> {
         if !size.0.is_multiple_of(SIZE_UNIT) || size < self.settings.minimum_size {
             let detail = format!(
                 "volume '{name}' cannot have a size of {size}: use a multiple of 4096 bytes, at least {}",
@@ -236,6 +233,21 @@ impl Site {
             return Err(problem(ProblemKind::Invalid, detail));
         }
         Ok(())
+    }
+
+    /// What is worth saying of a volume's limit: that its shard is not expected to reach it.
+    pub(super) fn limit_warning(&self, volume: &VolumeRecord) -> Option<String> {
+        let IopsLimit::PerSecond(limit) = self.limit(volume) else {
+            return None;
+        };
+        let estimate = self.settings.shard_iops_estimate;
+        (limit > estimate).then(|| {
+            format!(
+                "volume '{}' may do {limit} IOPS, a shard of this site is expected to serve {estimate}: the limit may \
+                 not be reached (setting shard_iops_estimate)",
+                volume.name
+            )
+        })
     }
 
     /// Makes a volume: reserves its name, allocates all its space, then lets it exist.
@@ -254,6 +266,7 @@ impl Site {
             class: create.class.clone(),
             iops: create.iops,
             cache: create.cache,
+            access: VolumeAccess::default(),
             wrapped_key: self.key.wrap(&key).as_bytes().to_vec(),
             pool,
         };

@@ -7,7 +7,9 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fstatvfs, seek};
+use rustix::fs::{
+    FallocateFlags, OFlags, SeekFrom, fallocate, fcntl_getfl, fcntl_setfl, fstatvfs, ftruncate, seek,
+};
 use rustix::io::Errno;
 
 /// The mode of new data files: their owner's only.
@@ -35,21 +37,21 @@ pub enum FileError {
         /// The file.
         path: PathBuf,
     },
-    /// The space is not there; nothing was left behind.
+    /// The space is not there; nothing has changed.
     #[error(
-        "cannot create {path}: it needs {size} bytes, its file system has {available} free; free or add space"
+        "cannot allocate {path}: it needs {size} bytes, its file system has {available} free; free or add space"
     )]
     NoSpace {
         /// The file.
         path: PathBuf,
-        /// The size asked for.
+        /// The bytes that it lacks.
         size: u64,
         /// What the file system could give.
         available: u64,
     },
     /// The file system cannot reserve space for a file.
     #[error(
-        "cannot create {path}: its file system cannot preallocate space; use one that can, as ext4 or XFS"
+        "cannot allocate {path}: its file system cannot preallocate space; use one that can, as ext4 or XFS"
     )]
     NoPreallocation {
         /// The file.
@@ -147,6 +149,27 @@ impl File {
         Ok(seek(&self.shared.descriptor, SeekFrom::End(0))?)
     }
 
+    /// Makes the file at `path`, which this is, at least `size` bytes long, with all its space allocated, durably. What
+    /// is added reads as zeros. A file that is as long already stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// If the space is not there, or the file system cannot do it, or this is a device that is smaller; then the file is
+    /// as it was.
+    pub fn grow(&self, path: &Path, size: u64) -> Result<(), FileError> {
+        let descriptor = &self.shared.descriptor;
+        let old = self.size().map_err(|source| system("measure", path, source))?;
+        if let Some(missing) = size.checked_sub(old).filter(|missing| *missing > 0)
+            && let Err(error) = allocate(descriptor, path, old, missing)
+        {
+            // What it got before it failed goes back. If that fails too the file is merely longer than it has to be.
+            let _ = ftruncate(descriptor, old);
+            return Err(error);
+        }
+        // Also where nothing was missing: an earlier attempt may have ended before its flush.
+        rustix::fs::fsync(descriptor).map_err(|errno| system("flush", path, errno.into()))
+    }
+
     /// True if I/O bypasses the page cache and has to be aligned.
     pub fn is_direct(&self) -> bool {
         self.shared.direct
@@ -175,18 +198,7 @@ fn fill(descriptor: &OwnedFd, path: &Path, size: u64, direct: bool) -> Result<()
     if direct {
         set_direct(descriptor, path)?;
     }
-    // Asked first: an allocation that is bound to fail would take all the space from others for a while.
-    let available =
-        available(descriptor).map_err(|errno| system("ask for the space of", path, errno.into()))?;
-    let no_space = || FileError::NoSpace { path: path.to_owned(), size, available };
-    if size > available {
-        return Err(no_space());
-    }
-    fallocate(descriptor, FallocateFlags::empty(), 0, size).map_err(|errno| match errno {
-        Errno::NOSPC => no_space(),
-        Errno::OPNOTSUPP => FileError::NoPreallocation { path: path.to_owned() },
-        _ => system("allocate", path, errno.into()),
-    })?;
+    allocate(descriptor, path, 0, size)?;
     rustix::fs::fsync(descriptor).map_err(|errno| system("flush", path, errno.into()))?;
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -194,6 +206,22 @@ fn fill(descriptor: &OwnedFd, path: &Path, size: u64, direct: bool) -> Result<()
     };
     let flushed = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
     flushed.map_err(|source| system("flush the folder of", path, source))
+}
+
+/// Allocates `size` bytes from `start` on.
+fn allocate(descriptor: &OwnedFd, path: &Path, start: u64, size: u64) -> Result<(), FileError> {
+    // Asked first: an allocation that is bound to fail would take all the space from others for a while.
+    let available =
+        available(descriptor).map_err(|errno| system("ask for the space of", path, errno.into()))?;
+    let no_space = || FileError::NoSpace { path: path.to_owned(), size, available };
+    if size > available {
+        return Err(no_space());
+    }
+    fallocate(descriptor, FallocateFlags::empty(), start, size).map_err(|errno| match errno {
+        Errno::NOSPC => no_space(),
+        Errno::OPNOTSUPP => FileError::NoPreallocation { path: path.to_owned() },
+        _ => system("allocate", path, errno.into()),
+    })
 }
 
 /// Free bytes of the file system, without what it reserves for root.

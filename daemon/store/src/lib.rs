@@ -18,14 +18,14 @@ mod pool;
 mod progress;
 mod ring;
 mod socket;
-mod survey;
 mod sys;
 mod waker;
+mod worker;
 
 pub use file::{File, FileError};
 pub use operation::{Completion, Operation, Returned, Token};
 pub use payload::Payload;
 pub use pool::{BUFFER_BYTES_MAX, Buffer, BufferPool};
-pub use ring::{Gather, Ring, RingError};
+pub use ring::{Ring, RingError};
 pub use socket::Socket;
 pub use waker::Waker;

@@ -89,6 +89,9 @@ pub enum Operation {
         /// Complete only when the range is full, or with less if the peer closed. Otherwise whatever is there
         /// completes it.
         fill: bool,
+        /// Nothing is likely there yet: wait for the socket before the first attempt, which saves that one (Linux
+        /// 6.1 on). Makes no other difference.
+        quiet: bool,
     },
     /// Sends the whole payload (result: its length) or fails; after a failure an unknown part was sent, so the
     /// stream is of no more use. At most one send may be in flight per socket: two would interleave.

@@ -112,6 +112,11 @@ impl BufferPool {
         self.buffer(block, length)
     }
 
+    /// Gives all resting memory back to the system; for a pool that has nothing to do.
+    pub fn trim(&self) {
+        self.shared.shrink_to(0);
+    }
+
     /// Bytes of all buffers that are out, at their full capacity.
     pub fn in_use_bytes(&self) -> usize {
         self.shared.in_use_bytes.load(Ordering::Relaxed)
@@ -155,7 +160,17 @@ impl Shared {
         let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
         shelves.shelf(capacity).warm.push_back(block);
         shelves.warm_bytes += capacity;
-        while shelves.warm_bytes > self.warm_bytes_max {
+        let over = shelves.warm_bytes > self.warm_bytes_max;
+        drop(shelves);
+        if over {
+            self.shrink_to(self.warm_bytes_max);
+        }
+    }
+
+    /// Gives resting memory above `warm_bytes_max` back to the system.
+    fn shrink_to(&self, warm_bytes_max: usize) {
+        let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
+        while shelves.warm_bytes > warm_bytes_max {
             let Some(mut coldest) = shelves.least_useful() else {
                 break;
             };
@@ -331,6 +346,17 @@ mod tests {
         assert_eq!(warm_bytes(&pool), 1 << 20);
         let shelves = pool.shared.shelves.lock().unwrap();
         assert!(shelves.classes[4].warm.len() >= 7);
+    }
+
+    #[test]
+    fn a_trimmed_pool_holds_no_memory_and_serves_on() {
+        let pool = BufferPool::new(4 << 20);
+        let mut buffer = pool.try_take(64 << 10).unwrap();
+        buffer.fill(1);
+        drop(buffer);
+        pool.trim();
+        assert_eq!(warm_bytes(&pool), 0);
+        assert!(pool.try_take(64 << 10).unwrap().iter().all(|byte| *byte == 0));
     }
 
     #[test]

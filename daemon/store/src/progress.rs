@@ -132,8 +132,13 @@ mod tests {
     fn receives_take_what_comes_unless_they_fill() {
         let (near, _far) = std::os::unix::net::UnixStream::pair().unwrap();
         let socket = Socket::from(near);
-        let receive =
-            |fill| Operation::Receive { socket: socket.clone(), buffer: buffer(), range: 0..100, fill };
+        let receive = |fill| Operation::Receive {
+            socket: socket.clone(),
+            buffer: buffer(),
+            range: 0..100,
+            fill,
+            quiet: false,
+        };
         assert_eq!(outcomes(&receive(false), &[1]), [Some(Ok(1))]);
         assert_eq!(outcomes(&receive(true), &[1, 99]), [None, Some(Ok(100))]);
         assert_eq!(outcomes(&receive(true), &[1, 0]), [None, Some(Ok(1))]);

@@ -14,9 +14,9 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use crate::progress::Next;
-use crate::survey::{Survey, Surveyor};
 use crate::sys::flight::{Handle, Job};
 use crate::sys::kernel::{Kernel, Wait};
+use crate::worker::Worker;
 use crate::{Completion, Operation, Token, Waker};
 
 /// The longest wait while steps are still queued because the kernel had no room for them.
@@ -49,20 +49,13 @@ pub struct Ring {
     ended: Vec<Completion>,
     /// Scratch space for one round of results.
     results: Vec<(Handle, i32)>,
-    surveyor: Surveyor,
+    surveyor: Worker,
+    /// For the page cache.
+    writer: Worker,
     waker: Waker,
     woken: bool,
     /// The kernel takes submissions from one thread only.
     _one_thread: PhantomData<*const ()>,
-}
-
-/// How long a wait may hold completions back, so that more of them come together. Kernels before Linux 6.12 do not.
-#[derive(Clone, Copy, Debug)]
-pub struct Gather {
-    /// Completions to wait for; with fewer the wait ends when `within` is over.
-    pub count: u32,
-    /// The time for them.
-    pub within: Duration,
 }
 
 enum Step {
@@ -97,7 +90,8 @@ impl Ring {
             queued: VecDeque::from([Step::Start(waking)]),
             ended: Vec::new(),
             results: Vec::new(),
-            surveyor: Surveyor::new(waker.clone()),
+            surveyor: Worker::new("survey", waker.clone()),
+            writer: Worker::new("page-writer", waker.clone()),
             waker,
             woken: false,
             _one_thread: PhantomData,
@@ -111,7 +105,7 @@ impl Ring {
 
     /// Operations submitted whose completion was not handed out yet.
     pub fn in_flight(&self) -> usize {
-        self.kernel.len() - 1 + self.ended.len() + self.surveyor.in_flight()
+        self.kernel.len() - 1 + self.ended.len() + self.surveyor.in_flight() + self.writer.in_flight()
     }
 
     /// Queues an operation; the next [`wait`](Self::wait) starts it. It never fails and has no bound of its own: the
@@ -123,16 +117,27 @@ impl Ring {
     /// second send or receive on one socket.
     pub fn submit(&mut self, token: Token, operation: Operation) {
         operation.admit();
-        if let Operation::Survey { file, offset, length, extents_max } = operation {
-            return self.surveyor.submit(Survey { token, file, offset, length, extents_max });
-        }
         if operation.length() == Some(0) {
             let returned = operation.into_returned();
             self.ended.push(Completion { token, result: Ok(0), returned });
             return;
         }
-        let handle = self.kernel.insert(token, Job::Operate(operation));
-        self.queued.push_back(Step::Start(handle));
+        match &operation {
+            Operation::Survey { .. } => self.surveyor.submit(token, operation),
+            Operation::Write { file, durable: false, .. } if !file.is_direct() => {
+                self.writer.submit(token, operation);
+            }
+            Operation::Read { .. }
+            | Operation::Write { .. }
+            | Operation::Fdatasync { .. }
+            | Operation::ZeroRange { .. }
+            | Operation::Prefetch { .. }
+            | Operation::Receive { .. }
+            | Operation::Send { .. } => {
+                let handle = self.kernel.insert(token, Job::Operate(operation));
+                self.queued.push_back(Step::Start(handle));
+            }
+        }
     }
 
     /// Gives up the receives and sends of a token; disk operations always run to their end. Each still completes,
@@ -159,20 +164,6 @@ impl Ring {
     ///
     /// If the ring itself is broken; there is no way on but to drop it.
     pub fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) -> io::Result<bool> {
-        self.wait_gathering(timeout, Gather { count: 1, within: Duration::ZERO }, out)
-    }
-
-    /// As [`wait`](Self::wait), but lets completions gather first: a turn that takes several costs less for each.
-    ///
-    /// # Errors
-    ///
-    /// As [`wait`](Self::wait).
-    pub fn wait_gathering(
-        &mut self,
-        timeout: Option<Duration>,
-        gather: Gather,
-        out: &mut Vec<Completion>,
-    ) -> io::Result<bool> {
         let before = out.len();
         self.start_queued()?;
         out.append(&mut self.ended);
@@ -184,9 +175,6 @@ impl Ring {
         let wait = match timeout {
             _ if out.len() > before => Wait::Poll,
             Some(Duration::ZERO) => Wait::Poll,
-            Some(at_most) if gather.count > 1 && at_most > gather.within => {
-                Wait::Gather { at_most, count: gather.count, within: gather.within }
-            }
             Some(timeout) => Wait::AtMost(timeout),
             None => Wait::Completion,
         };
@@ -198,6 +186,7 @@ impl Ring {
         }
         self.results = results;
         self.surveyor.collect(&mut self.ended);
+        self.writer.collect(&mut self.ended);
         out.append(&mut self.ended);
         Ok(mem::take(&mut self.woken))
     }

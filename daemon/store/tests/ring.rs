@@ -85,6 +85,7 @@ fn receive(socket: &Socket, pool: &BufferPool, length: usize, fill: bool) -> Ope
         buffer: pool.try_take(length).unwrap(),
         range: 0..length,
         fill,
+        quiet: false,
     }
 }
 
@@ -247,6 +248,34 @@ fn a_thick_file_that_does_not_fit_is_refused_and_leaves_nothing() {
         let refused = File::create_thick(&path, 0, false).unwrap_err();
         assert!(matches!(refused, FileError::System { .. }), "{refused}");
         assert!(!path.exists());
+    }
+}
+
+#[test]
+fn a_grown_file_keeps_its_content_and_is_zero_behind_it() {
+    for folder in folders() {
+        let path = folder.path().join("data");
+        let pool = BufferPool::new(1 << 20);
+        let mut ring = Ring::new(8).unwrap();
+        let file = thick(folder.path(), 4096);
+        write(&mut ring, &file, 0, pattern(&pool, 4096, 7), false);
+        File::open(&path, false).unwrap().grow(&path, 12_288).unwrap();
+        assert_eq!(file.size().unwrap(), 12_288);
+        assert_eq!(read(&mut ring, &pool, &file, 0, 4096), pattern(&pool, 4096, 7));
+        assert_eq!(read(&mut ring, &pool, &file, 4096, 8192), vec![0; 8192]);
+        file.grow(&path, 4096).unwrap();
+        assert_eq!(file.size().unwrap(), 12_288, "nothing shrinks");
+    }
+}
+
+#[test]
+fn a_file_that_cannot_grow_is_as_it_was() {
+    for folder in folders() {
+        let path = folder.path().join("data");
+        let file = thick(folder.path(), 4096);
+        let refused = file.grow(&path, 1 << 60).unwrap_err();
+        assert!(matches!(refused, FileError::NoSpace { size, .. } if size == (1 << 60) - 4096), "{refused}");
+        assert_eq!(file.size().unwrap(), 4096);
     }
 }
 

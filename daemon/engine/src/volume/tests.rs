@@ -436,6 +436,25 @@ fn requests_beyond_the_end_are_refused() {
 }
 
 #[test]
+fn a_grown_volume_serves_what_was_added() {
+    let mut shard = Shard::new(volume(SIZE, IopsLimit::Unlimited, false), 2 * SIZE);
+    shard.submit(0, write(SIZE, 4096, false));
+    assert_eq!(shard.replies[&CommandId(0)], Err(HostError::NoSpace));
+    shard.volume.set_size(ByteCount(2 * SIZE));
+    shard.submit(1, write(2 * SIZE - 4096, 4096, false));
+    shard.submit(2, write(2 * SIZE, 4096, false));
+    shard.end_all();
+    assert_eq!(shard.replies[&CommandId(1)], Ok(()));
+    assert_eq!(shard.replies[&CommandId(2)], Err(HostError::NoSpace));
+}
+
+#[test]
+#[should_panic(expected = "never shrinks")]
+fn a_volume_does_not_shrink() {
+    volume(SIZE, IopsLimit::Unlimited, false).set_size(ByteCount(SIZE - 4096));
+}
+
+#[test]
 fn a_copy_waits_for_writes_and_writes_wait_for_it() {
     let mut shard = Shard::new(volume(SIZE, IopsLimit::Unlimited, true), SIZE);
     shard.submit(0, write(0, 4096, false));

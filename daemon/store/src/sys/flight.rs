@@ -15,6 +15,9 @@ const SLICES_MAX: usize = 1024;
 /// The most bytes in one transfer; the kernel's own bound is 2 GiB less a page.
 const TRANSFER_BYTES_MAX: usize = 1 << 30;
 
+/// `IORING_RECVSEND_POLL_FIRST` of the kernel's interface.
+const POLL_FIRST: u16 = 1 << 0;
+
 /// Names a flight: its place, and a generation that tells it from later ones in the same place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Handle(pub(super) u64);
@@ -100,8 +103,8 @@ impl Flight {
     }
 
     /// The submission for what is left of the job. All that it names is owned by the flight, at addresses that stay
-    /// when the flight moves.
-    pub(super) fn entry(&mut self, spare: &mut Vec<Vectors>) -> squeue::Entry {
+    /// when the flight moves. `poll_first`: the kernel knows [`POLL_FIRST`].
+    pub(super) fn entry(&mut self, spare: &mut Vec<Vectors>, poll_first: bool) -> squeue::Entry {
         let done = self.progress.done;
         match &mut self.job {
             Job::Wake { waker, count } => {
@@ -114,11 +117,12 @@ impl Flight {
                     let read = opcode::Read::new(Fd(file.as_raw_fd()), address, length);
                     read.offset(advanced(*offset, done)).build()
                 }
-                Operation::Receive { socket, buffer, range, fill } => {
+                Operation::Receive { socket, buffer, range, fill, quiet } => {
                     let (address, length) = rest_of(buffer, range.start + done, range.end);
                     let flags = if *fill { libc::MSG_WAITALL } else { 0 };
                     let receive = opcode::Recv::new(Fd(socket.as_raw_fd()), address, length);
-                    receive.flags(flags).build()
+                    let priority = if *quiet && poll_first { POLL_FIRST } else { 0 };
+                    receive.flags(flags).ioprio(priority).build()
                 }
                 Operation::Write { file, offset, data, durable } => {
                     let lent = lend(data, done, &mut self.vectors, spare);
@@ -138,7 +142,7 @@ impl Flight {
                         opcode::Fadvise::new(Fd(file.as_raw_fd()), length, libc::POSIX_FADV_WILLNEED);
                     advise.offset(*offset).build()
                 }
-                // Surveys are not the kernel ring's: see `survey`.
+                // A worker does these.
                 Operation::Survey { .. } => opcode::Nop::new().build(),
                 Operation::ZeroRange { file, offset, length } => {
                     let mode = zero_mode(self.progress.zero_step).bits().cast_signed();

@@ -38,8 +38,6 @@ pub(crate) enum Wait {
     Completion,
     /// Until something completes or the time is over.
     AtMost(Duration),
-    /// The same, but within the time `within` for `count` completions rather than one.
-    Gather { at_most: Duration, count: u32, within: Duration },
 }
 
 /// The ring and all flights, those that wait to be pushed included.
@@ -111,7 +109,9 @@ impl Kernel {
         let flight = self.flights.get_mut(handle.key()).filter(|flight| flight.handle == handle);
         let flight = flight.expect("only flights in custody are pushed");
         assert!(!flight.in_kernel, "one trip at a time");
-        let entry = flight.entry(&mut self.spare).user_data(handle.0);
+        // POLL_FIRST (Linux 5.19) is older than SINGLE_ISSUER (6.0).
+        let poll_first = self.uring.params().is_setup_single_issuer();
+        let entry = flight.entry(&mut self.spare, poll_first).user_data(handle.0);
         // SAFETY: all that the entry names is owned by the flight, at addresses that do not change when the flight
         // moves; `in_kernel` keeps it from being used or dropped until the completion is reaped.
         let pushed = unsafe { self.uring.submission().push(&entry) };
@@ -158,17 +158,6 @@ impl Kernel {
                 timespec = Timespec::from(duration);
                 arguments = arguments.timespec(&timespec);
                 1
-            }
-            Wait::Gather { at_most, count, within } => {
-                timespec = Timespec::from(at_most);
-                arguments = arguments.timespec(&timespec);
-                if self.uring.params().is_feature_min_timeout() {
-                    let within = u32::try_from(within.as_micros()).unwrap_or(u32::MAX);
-                    arguments = arguments.min_wait_usec(within);
-                    count.max(1)
-                } else {
-                    1
-                }
             }
         };
         let flags = ENTER_GETEVENTS | ENTER_EXT_ARG;

@@ -1,4 +1,4 @@
-//! The XTS engine: IEEE 1619 over whole requests, in safe code on the wide backends of `aes`.
+//! The `rustcrypto` engine: XTS over whole requests, in safe code on the wide backends of `aes`.
 //!
 //! A request is handed to the cipher's backend as one closure, so that the tweak arithmetic and the XORs are
 //! compiled with the backend's CPU features. What runs inside the closure is therefore `#[inline(always)]`: a
@@ -10,10 +10,11 @@
 use aes::cipher::consts::U16;
 use aes::cipher::{
     Array, BlockCipherDecBackend, BlockCipherDecClosure, BlockCipherDecrypt, BlockCipherEncBackend,
-    BlockCipherEncClosure, BlockCipherEncrypt, BlockSizeUser, ParBlocks, ParBlocksSizeUser,
+    BlockCipherEncClosure, BlockCipherEncrypt, BlockSizeUser, KeyInit, ParBlocks, ParBlocksSizeUser,
 };
 use aes::{Aes256, Aes256Enc, Block};
 
+use crate::DataKey;
 use crate::zero;
 
 /// Bytes in one AES block.
@@ -25,55 +26,57 @@ const UNITS_PER_CALL: usize = 64;
 /// Tweaks made at a time.
 const GROUP: usize = 32;
 
-/// An XTS key expanded for use.
-pub(crate) struct Xts {
+/// A data key expanded for use. `aes` zeroes it on drop.
+pub(crate) struct RustCrypto {
     data: Aes256,
     tweak: Aes256Enc,
 }
 
-impl Xts {
-    pub(crate) fn new(data: Aes256, tweak: Aes256Enc) -> Self {
-        Self { data, tweak }
+impl RustCrypto {
+    pub(crate) fn new(key: &DataKey) -> Self {
+        let (data, tweak) = key.halves();
+        Self { data: Aes256::new(&Array(*data)), tweak: Aes256Enc::new(&Array(*tweak)) }
     }
 
     /// Encrypts `data` in place. `unit_bytes` is the length of a data unit, `first_unit` the first one's number.
-    pub(crate) fn encrypt(&self, unit_bytes: usize, first_unit: u64, data: &mut [u8]) {
+    pub(crate) fn encrypt(&self, unit_bytes: usize, first_unit: u128, data: &mut [u8]) {
         self.for_each_call(unit_bytes, first_unit, data, |call| self.data.encrypt_with_backend(call));
     }
 
     /// Decrypts `data` in place, by the zero rule: an all-zero sector stays zero.
-    pub(crate) fn decrypt(&self, unit_bytes: usize, first_unit: u64, data: &mut [u8]) {
+    pub(crate) fn decrypt(&self, unit_bytes: usize, first_unit: u128, data: &mut [u8]) {
         self.for_each_call(unit_bytes, first_unit, data, |call| self.data.decrypt_with_backend(call));
     }
 
     /// Cuts `data` into calls of at most [`UNITS_PER_CALL`] units and makes the first tweak of each unit.
-    fn for_each_call(&self, unit_bytes: usize, first_unit: u64, data: &mut [u8], run: impl Fn(Call<'_>)) {
-        assert!(unit_bytes.is_multiple_of(GROUP * BLOCK_BYTES) && unit_bytes > 0);
-        assert!(unit_bytes <= UNIT_BLOCKS_MAX * BLOCK_BYTES);
+    fn for_each_call(&self, unit_bytes: usize, first_unit: u128, data: &mut [u8], run: impl Fn(Call<'_>)) {
+        let unit_blocks = unit_bytes / BLOCK_BYTES;
+        assert!(unit_bytes.is_multiple_of(BLOCK_BYTES) && (1..=UNIT_BLOCKS_MAX).contains(&unit_blocks));
         assert!(data.len().is_multiple_of(unit_bytes));
-        let mut unit_number = u128::from(first_unit);
+        let mut unit_number = first_unit;
         let mut first_tweaks = [Block::default(); UNITS_PER_CALL];
         let mut scratch = [Block::default(); UNIT_BLOCKS_MAX];
-        let (tweaks, _) = scratch.split_at_mut(unit_bytes / BLOCK_BYTES);
+        let (tweaks, _) = scratch.split_at_mut(unit_blocks.next_multiple_of(GROUP));
         for data in data.chunks_mut(unit_bytes * UNITS_PER_CALL) {
             let (first_tweaks, _) = first_tweaks.split_at_mut(data.len() / unit_bytes);
             for tweak in first_tweaks.iter_mut() {
                 *tweak = Array(unit_number.to_le_bytes());
-                unit_number += 1;
+                unit_number = unit_number.wrapping_add(1);
             }
             self.tweak.encrypt_blocks(first_tweaks);
-            run(Call { data, first_tweaks, tweaks });
+            run(Call { unit_bytes, data, first_tweaks, tweaks });
         }
     }
 }
 
 /// The work of one backend call.
 struct Call<'a> {
+    unit_bytes: usize,
     /// Whole data units.
     data: &'a mut [u8],
     /// The first tweak of each.
     first_tweaks: &'a [Block],
-    /// Room for the tweaks of one unit's blocks.
+    /// Room for the tweaks of one unit's blocks, in whole groups.
     tweaks: &'a mut [Block],
 }
 
@@ -84,7 +87,7 @@ impl BlockSizeUser for Call<'_> {
 impl BlockCipherEncClosure for Call<'_> {
     #[inline(always)]
     fn call<B: BlockCipherEncBackend<BlockSize = U16>>(self, backend: &B) {
-        let units = self.data.chunks_exact_mut(self.tweaks.len() * BLOCK_BYTES);
+        let units = self.data.chunks_exact_mut(self.unit_bytes);
         for (unit, first_tweak) in units.zip(self.first_tweaks) {
             make_tweaks(first_tweak, self.tweaks);
             transform_unit(&Encrypt(backend), self.tweaks, unit);
@@ -95,7 +98,7 @@ impl BlockCipherEncClosure for Call<'_> {
 impl BlockCipherDecClosure for Call<'_> {
     #[inline(always)]
     fn call<B: BlockCipherDecBackend<BlockSize = U16>>(self, backend: &B) {
-        let units = self.data.chunks_exact_mut(self.tweaks.len() * BLOCK_BYTES);
+        let units = self.data.chunks_exact_mut(self.unit_bytes);
         for (unit, first_tweak) in units.zip(self.first_tweaks) {
             let zero_sectors = zero::zero_sectors(unit);
             make_tweaks(first_tweak, self.tweaks);
@@ -145,10 +148,11 @@ impl<B: BlockCipherDecBackend<BlockSize = U16>> Direction for Decrypt<'_, B> {
     }
 }
 
-/// XTS over one data unit, given the tweak of each of its blocks.
+/// XTS over one data unit, given the tweak of each of its blocks and perhaps more.
 #[inline(always)]
 fn transform_unit<D: Direction>(direction: &D, tweaks: &[Block], unit: &mut [u8]) {
     let (blocks, _) = Block::slice_as_chunks_mut(unit);
+    let (tweaks, _) = tweaks.split_at(blocks.len());
     let (batches, tail) = ParBlocks::<D>::slice_as_chunks_mut(blocks);
     let (batch_tweaks, tail_tweaks) = ParBlocks::<D>::slice_as_chunks(tweaks);
     for (batch, tweaks) in batches.iter_mut().zip(batch_tweaks) {
@@ -254,84 +258,12 @@ fn multiply([low, high]: [u64; 2], power: usize) -> [u64; 2] {
 mod tests {
     use std::marker::PhantomData;
 
-    use aes::cipher::KeyInit;
     use aes::cipher::array::ArraySize;
     use aes::cipher::consts::{U3, U8, U30, U64};
-    use xts_mode::{Xts128, get_tweak_default};
+    use xts_mode::get_tweak_default;
 
     use super::*;
-
-    const PI_AND_E: [&str; 2] = [
-        "2718281828459045235360287471352662497757247093699959574966967627",
-        "3141592653589793238462643383279502884197169399375105820974944592",
-    ];
-
-    fn bytes(hexadecimal: &str) -> Vec<u8> {
-        let digits = hexadecimal.as_bytes().chunks(2);
-        let byte = |pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
-        digits.map(byte).collect()
-    }
-
-    fn key() -> [[u8; 32]; 2] {
-        PI_AND_E.map(|half| bytes(half).try_into().unwrap())
-    }
-
-    fn engine() -> Xts {
-        let [data, tweak] = key();
-        Xts::new(Aes256::new(&data.into()), Aes256Enc::new(&tweak.into()))
-    }
-
-    fn oracle() -> Xts128<Aes256> {
-        let [data, tweak] = key().map(|half| Aes256::new(&half.into()));
-        Xts128::new(data, tweak)
-    }
-
-    /// Bytes that look random and are the same in every run.
-    fn noise(length: usize, seed: u64) -> Vec<u8> {
-        let mut state = seed | 1;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            state.to_be_bytes()[0]
-        };
-        (0..length).map(|_| next()).collect()
-    }
-
-    #[test]
-    fn ieee_1619_vectors_match_both_ways() {
-        let plain: Vec<u8> = (0..=255).chain(0..=255).collect();
-        let vectors = include_str!("vectors/ieee1619.txt");
-        let lines = vectors.lines().filter(|line| !line.starts_with('#'));
-        let mut count = 0;
-        for line in lines {
-            let [name, unit, sealed] = line.split(' ').collect::<Vec<_>>().try_into().unwrap();
-            let unit = u64::from_str_radix(unit, 16).unwrap();
-            let mut data = plain.clone();
-            engine().encrypt(512, unit, &mut data);
-            assert_eq!(data, bytes(sealed), "vector {name}");
-            engine().decrypt(512, unit, &mut data);
-            assert_eq!(data, plain, "vector {name}");
-            count += 1;
-        }
-        assert_eq!(count, 5);
-    }
-
-    #[test]
-    fn requests_of_every_length_equal_the_oracle() {
-        for unit_bytes in [512, 1024, 4096] {
-            // The lengths cross the border of one call of the tweak cipher.
-            for units in (0..9).chain([31, 63, 64, 65, 127, 130]) {
-                let first = u64::MAX - 40;
-                let plain = noise(unit_bytes * usize::try_from(units).unwrap(), units);
-                let mut data = plain.clone();
-                let mut expected = plain.clone();
-                engine().encrypt(unit_bytes, first, &mut data);
-                oracle().encrypt_area(&mut expected, unit_bytes, u128::from(first), get_tweak_default);
-                assert!(data == expected, "{units} units of {unit_bytes} bytes");
-                engine().decrypt(unit_bytes, first, &mut data);
-                assert!(data == plain, "{units} units of {unit_bytes} bytes");
-            }
-        }
-    }
+    use crate::oracle::{ciphers, noise, oracle};
 
     /// A backend with batches of `N` blocks: the sizes that this machine's own does not have.
     struct BatchesOf<N>(Aes256, PhantomData<N>);
@@ -351,7 +283,7 @@ mod tests {
     }
 
     fn encrypt_in_batches_of<N: ArraySize>(unit_number: u64, unit: &mut [u8]) {
-        let [data, tweak] = key().map(|half| Aes256::new(&half.into()));
+        let [data, tweak] = ciphers();
         let mut first_tweak = Array(u128::from(unit_number).to_le_bytes());
         tweak.encrypt_block(&mut first_tweak);
         let mut tweaks = vec![Block::default(); unit.len() / BLOCK_BYTES];
