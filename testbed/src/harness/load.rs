@@ -19,6 +19,8 @@ pub struct Load {
 }
 
 struct Writer {
+    /// Writes with FUA.
+    durable: bool,
     offset: u64,
     random: Random,
     history: History,
@@ -29,11 +31,19 @@ impl Load {
     pub fn new(writers: u64, region_bytes: u64, seed: u64) -> Self {
         let sectors = usize::try_from(region_bytes / SECTOR_BYTES).unwrap_or(0);
         let writer = |number: u64| Writer {
+            durable: false,
             offset: number * region_bytes,
             random: Random::new(seed.wrapping_add(number)),
             history: History::new(number + 1, sectors),
         };
         Self { writers: (0..writers).map(writer).collect(), clock: AtomicU64::new(0) }
+    }
+
+    /// The same, with every write durable before it is acknowledged.
+    pub fn durable(writers: u64, region_bytes: u64, seed: u64) -> Self {
+        let mut load = Self::new(writers, region_bytes, seed);
+        load.writers.iter_mut().for_each(|writer| writer.durable = true);
+        load
     }
 
     /// How many writes were acknowledged in all.
@@ -167,7 +177,11 @@ impl Writer {
     ) -> Result<(), NbdError> {
         let data = self.history.submit(first, count, clock.fetch_add(1, Ordering::SeqCst));
         let offset = self.offset + u64::try_from(first).unwrap_or(0) * SECTOR_BYTES;
-        client.write(offset, &data)?;
+        if self.durable {
+            client.write_durable(offset, &data)?;
+        } else {
+            client.write(offset, &data)?;
+        }
         self.history.acknowledge(clock.fetch_add(1, Ordering::SeqCst));
         Ok(())
     }

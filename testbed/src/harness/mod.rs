@@ -6,13 +6,16 @@
 
 mod background;
 mod binaries;
+mod bystander;
+mod disk;
 mod fio;
+mod footprint;
 mod history;
 mod images;
 mod load;
 mod log;
 mod metrics;
-mod nbd;
+pub mod nbd;
 mod pair;
 mod ports;
 mod random;
@@ -22,7 +25,10 @@ mod world;
 
 pub use background::{Background, Finished, finish, run};
 pub use binaries::binary;
+pub use bystander::{Bystander, Latencies};
+pub use disk::{Backing, LoopDisk};
 pub use fio::{Fio, FioReport};
+pub use footprint::Footprint;
 pub use history::{History, Prefix, Resume};
 pub use images::{directory_contains, files_equal, first_difference};
 pub use load::Load;

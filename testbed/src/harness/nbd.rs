@@ -1,7 +1,7 @@
-//! A small blocking NBD client: fixed newstyle, GO, simple replies, one command at a time.
+//! A small blocking NBD client: fixed newstyle, GO, simple replies.
 //!
-//! It exists so that a test knows of each write whether it was acknowledged; for everything else there are the real
-//! clients.
+//! It exists so that a test knows of each write whether it was acknowledged, and so that a test can send what no real
+//! client would ([`NbdClient::begin`]); for everything else there are the real clients.
 
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -25,13 +25,24 @@ const INFO_EXPORT: u16 = 0;
 const REPLY_BYTES_MAX: u32 = 64 << 10;
 const IO_TIMEOUT: Duration = Duration::from_secs(60);
 
-const COMMAND_READ: u16 = 0;
-const COMMAND_WRITE: u16 = 1;
-const COMMAND_DISCONNECT: u16 = 2;
-const COMMAND_FLUSH: u16 = 3;
-const COMMAND_TRIM: u16 = 4;
-const COMMAND_WRITE_ZEROES: u16 = 6;
-const FLAG_FUA: u16 = 1;
+/// READ.
+pub const COMMAND_READ: u16 = 0;
+/// WRITE.
+pub const COMMAND_WRITE: u16 = 1;
+/// DISC.
+pub const COMMAND_DISCONNECT: u16 = 2;
+/// FLUSH.
+pub const COMMAND_FLUSH: u16 = 3;
+/// TRIM.
+pub const COMMAND_TRIM: u16 = 4;
+/// CACHE.
+pub const COMMAND_CACHE: u16 = 5;
+/// WRITE_ZEROES.
+pub const COMMAND_WRITE_ZEROES: u16 = 6;
+/// BLOCK_STATUS.
+pub const COMMAND_BLOCK_STATUS: u16 = 7;
+/// Force unit access, on any command.
+pub const FLAG_FUA: u16 = 1;
 
 /// Where a volume is served.
 #[derive(Clone, Debug)]
@@ -60,6 +71,21 @@ impl Export {
     /// The URI for libnbd, fio and qemu.
     pub fn uri(&self) -> String {
         self.to_string()
+    }
+
+    /// A TCP connection to the server that has not said anything.
+    ///
+    /// # Errors
+    /// If the server is not on TCP, or does not take it.
+    pub fn dial(&self) -> io::Result<TcpStream> {
+        let Server::Tcp(address) = &self.server else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let stream = TcpStream::connect_timeout(address, Duration::from_secs(5))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(IO_TIMEOUT))?;
+        stream.set_write_timeout(Some(IO_TIMEOUT))?;
+        Ok(stream)
     }
 
     /// The URI of the server without an export.
@@ -122,13 +148,7 @@ impl NbdClient {
     /// If the server cannot be reached or refuses.
     pub fn connect(export: &Export) -> Result<Self, NbdError> {
         let stream: Box<dyn Duplex> = match &export.server {
-            Server::Tcp(address) => {
-                let stream = TcpStream::connect_timeout(address, Duration::from_secs(5))?;
-                stream.set_nodelay(true)?;
-                stream.set_read_timeout(Some(IO_TIMEOUT))?;
-                stream.set_write_timeout(Some(IO_TIMEOUT))?;
-                Box::new(stream)
-            }
+            Server::Tcp(_) => Box::new(export.dial()?),
             Server::Unix(path) => {
                 let stream = UnixStream::connect(path)?;
                 stream.set_read_timeout(Some(IO_TIMEOUT))?;
@@ -136,6 +156,18 @@ impl NbdClient {
                 Box::new(stream)
             }
         };
+        Self::greet(stream, export)
+    }
+
+    /// Selects the export with GO on a connection that came from [`Export::dial`]: the test keeps a clone of it.
+    ///
+    /// # Errors
+    /// If the server refuses.
+    pub fn over(stream: TcpStream, export: &Export) -> Result<Self, NbdError> {
+        Self::greet(Box::new(stream), export)
+    }
+
+    fn greet(stream: Box<dyn Duplex>, export: &Export) -> Result<Self, NbdError> {
         let mut client = Self { stream, size: 0, flags: 0, cookie: 0 };
         client.handshake(&export.volume)?;
         Ok(client)
@@ -238,6 +270,63 @@ impl NbdClient {
         Ok(self.stream.write_all(more)?)
     }
 
+    /// Sends any command, allowed or not, and does not wait for its reply; the cookie.
+    ///
+    /// # Errors
+    /// If the connection is gone.
+    pub fn begin(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u32,
+        payload: &[u8],
+    ) -> Result<u64, NbdError> {
+        let mut message = self.header(command, flags, offset, length);
+        message.extend_from_slice(payload);
+        self.stream.write_all(&message)?;
+        Ok(self.cookie)
+    }
+
+    /// Takes the next reply: its cookie and its error number, 0 for success. The bytes of a read follow it.
+    ///
+    /// # Errors
+    /// If the connection is gone, or this is no reply.
+    pub fn reply(&mut self) -> Result<(u64, u32), NbdError> {
+        if self.u32()? != SIMPLE_REPLY_MAGIC {
+            return Err(NbdError::Protocol("no simple reply"));
+        }
+        let error = self.u32()?;
+        Ok((self.u64()?, error))
+    }
+
+    /// Takes the bytes behind the reply to a read.
+    ///
+    /// # Errors
+    /// If the connection is gone.
+    pub fn receive(&mut self, buffer: &mut [u8]) -> Result<(), NbdError> {
+        Ok(self.stream.read_exact(buffer)?)
+    }
+
+    /// The error number that a command without a payload in its reply is answered with, 0 for success.
+    ///
+    /// # Errors
+    /// If the connection is gone, or the reply is another's.
+    pub fn error_of(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u32,
+        payload: &[u8],
+    ) -> Result<u32, NbdError> {
+        match self.request(command, flags, offset, length, payload) {
+            Ok(()) => Ok(0),
+            Err(NbdError::Command(error)) => Ok(error),
+            Err(other) => Err(other),
+        }
+    }
+
     fn header(&mut self, command: u16, flags: u16, offset: u64, length: u32) -> Vec<u8> {
         self.cookie += 1;
         let mut header = REQUEST_MAGIC.to_be_bytes().to_vec();
@@ -257,14 +346,9 @@ impl NbdClient {
         length: u32,
         payload: &[u8],
     ) -> Result<(), NbdError> {
-        let mut message = self.header(command, flags, offset, length);
-        message.extend_from_slice(payload);
-        self.stream.write_all(&message)?;
-        if self.u32()? != SIMPLE_REPLY_MAGIC {
-            return Err(NbdError::Protocol("no simple reply"));
-        }
-        let error = self.u32()?;
-        if self.u64()? != self.cookie {
+        let sent = self.begin(command, flags, offset, length, payload)?;
+        let (cookie, error) = self.reply()?;
+        if cookie != sent {
             return Err(NbdError::Protocol("reply to another command"));
         }
         if error == 0 { Ok(()) } else { Err(NbdError::Command(error)) }

@@ -292,6 +292,22 @@ impl Site {
         Ok(pages * 4096)
     }
 
+    /// Open file descriptors of the daemon.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(fs::read_dir(format!("/proc/{}/fd", self.process_id()?))?.count())
+    }
+
+    /// The daemon's process.
+    ///
+    /// # Errors
+    /// If it does not run.
+    pub fn process_id(&self) -> Result<u32> {
+        Ok(self.child.as_ref().with_context(|| format!("{} does not run", self.name))?.id())
+    }
+
     /// The site's name.
     pub fn name(&self) -> &str {
         &self.name
