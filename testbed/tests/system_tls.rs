@@ -40,10 +40,11 @@ impl Secured {
         site.run("volume create data --size 64MiB --iops unlimited")?;
         site.wait_for_export("data", PATIENCE)?.disconnect()?;
         let secured = Self { site, tls, hosts };
-        for (host, authority) in [("web1", "ca"), ("backup", "ca"), ("stranger", "ca"), ("forger", "foreign")]
-        {
-            secured.issue(host, authority)?;
+        for host in ["web1", "backup", "stranger"] {
+            secured.issue(host, host, "ca")?;
         }
+        // Says that it is web1, by an authority that has the right name and another key.
+        secured.issue("forger", "web1", "foreign")?;
         secured.trust_server("nobody")?;
         Ok(secured)
     }
@@ -63,19 +64,21 @@ impl Secured {
     fn trust_server(&self, host: &str) -> Result<()> {
         let folder = format!("{}/{host}", self.hosts);
         fs::create_dir_all(&folder)?;
-        fs::copy(self.site.directory().join("tls/ca-cert.pem"), format!("{folder}/ca-cert.pem"))?;
-        Ok(())
+        // qemu wants the issuer of the host's own certificate there too.
+        let server = fs::read_to_string(self.site.directory().join("tls/ca-cert.pem"))?;
+        let own = fs::read_to_string(format!("{}/ca-cert.pem", self.hosts))?;
+        Ok(fs::write(format!("{folder}/ca-cert.pem"), server + &own)?)
     }
 
     /// A host's folder as libnbd and qemu want it.
-    fn issue(&self, host: &str, authority: &str) -> Result<()> {
+    fn issue(&self, host: &str, identity: &str, authority: &str) -> Result<()> {
         self.trust_server(host)?;
         let (hosts, folder) = (&self.hosts, format!("{}/{host}", self.hosts));
         let extensions = format!("{folder}/extensions");
         fs::write(&extensions, "extendedKeyUsage=clientAuth\n")?;
         let (key, request) = (format!("{folder}/client-key.pem"), format!("{folder}/request.pem"));
         openssl(&format!(
-            "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -subj /CN={host} -out {request}"
+            "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -subj /CN={identity} -out {request}"
         ))?;
         openssl(&format!(
             "x509 -req -in {request} -CA {hosts}/{authority}-cert.pem -CAkey {hosts}/{authority}-key.pem \
@@ -88,7 +91,7 @@ fn make_authority(folder: &str, name: &str) -> Result<()> {
     fs::create_dir_all(folder)?;
     openssl(&format!(
         "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {folder}/{name}-key.pem -days 2 \
-         -subj /CN={name} -out {folder}/{name}-cert.pem"
+         -subj /CN=authority -out {folder}/{name}-cert.pem"
     ))
 }
 

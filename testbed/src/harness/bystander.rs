@@ -75,11 +75,6 @@ impl Latencies {
     pub fn longest(&self) -> Duration {
         self.0.last().copied().unwrap_or_default()
     }
-
-    /// How many.
-    pub fn count(&self) -> usize {
-        self.0.len()
-    }
 }
 
 fn attend(mut client: NbdClient, stop: &AtomicBool) -> Result<Vec<Duration>> {

@@ -39,16 +39,6 @@ impl Footprint {
         })
     }
 
-    /// Bytes in RAM.
-    pub const fn resident_bytes(self) -> u64 {
-        self.resident_bytes
-    }
-
-    /// Open descriptors.
-    pub const fn descriptors(self) -> usize {
-        self.descriptors
-    }
-
     /// Waits until the daemon holds no more than at this time, give or take what an allocator keeps.
     ///
     /// # Errors
