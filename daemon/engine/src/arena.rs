@@ -54,6 +54,7 @@ impl<T> Arena<T> {
     }
 
     /// The values, in no order that means anything.
+    #[cfg(test)]
     pub(crate) fn values(&self) -> impl Iterator<Item = &T> {
         self.slots.iter().flatten().map(|(_, value)| value)
     }

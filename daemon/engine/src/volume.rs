@@ -63,6 +63,8 @@ pub struct Volume {
     queue: VecDeque<(CommandId, HostCommand)>,
     commands: BTreeMap<CommandId, Running>,
     steps: Arena<Step>,
+    /// Steps of copies among them.
+    copies: usize,
     locks: RangeLocks,
     /// Steps whose lock was granted and that have not started.
     granted: VecDeque<StepId>,
@@ -119,6 +121,7 @@ impl Volume {
             queue: VecDeque::new(),
             commands: BTreeMap::new(),
             steps: Arena::default(),
+            copies: 0,
             locks: RangeLocks::default(),
             granted: VecDeque::new(),
             effects: VecDeque::new(),
@@ -192,12 +195,15 @@ impl Volume {
         self.turn(now);
     }
 
-    /// A `Write` ended. The failure of a durable one poisons the volume: its sync may be what failed.
+    /// A `Write` ended. The failure of a durable one poisons the volume: its sync may be what failed. A durable one that
+    /// ends on a poisoned volume has failed: another sync beside it may have taken the system's report of the loss.
     pub fn written(&mut self, now: Monotonic, step: StepId, result: HostResult) {
         self.leave(step, Stage::Home);
-        if result.is_err() && self.is_durable(step) {
+        let durable = self.is_durable(step);
+        if result.is_err() && durable {
             self.poison();
         }
+        let result = if self.poisoned && durable { result.and(Err(HostError::Io)) } else { result };
         self.finish(step, result);
         self.turn(now);
     }
@@ -240,6 +246,7 @@ impl Volume {
     pub fn begin_copy(&mut self, now: Monotonic, device: ByteRange) -> StepId {
         let fits = device.end() <= self.size.0 && (1..=STEP_BYTES_MAX).contains(&device.length());
         assert!(fits && device.is_unit_aligned(), "copy range {device} is not allowed");
+        self.copies += 1;
         let step = self.begin_step(None, Task::Copy(device));
         self.turn(now);
         step
@@ -256,15 +263,18 @@ impl Volume {
         self.turn(now);
     }
 
-    /// Forgets a command whose connection is gone: dropped if it has not started, else it ends without a reply.
+    /// Forgets a command whose connection is gone: dropped if it has not started, else it ends without a reply, when
+    /// its steps that have begun have ended; no more of them begin.
     ///
     /// Returns true if it has started and goes on; [`Self::is_running`] tells when it ended.
     pub fn forget(&mut self, now: Monotonic, id: CommandId) -> bool {
         self.queue.retain(|(queued, _)| *queued != id);
         if let Some(running) = self.commands.get_mut(&id) {
             running.forgotten = true;
+            running.error.get_or_insert(HostError::Shutdown);
         }
         self.turn(now);
+        self.advance(id);
         self.is_running(id)
     }
 
@@ -288,8 +298,7 @@ impl Volume {
 
     /// Commands started, and copies begun, that have not ended. A drain is over at 0.
     pub fn in_flight(&self) -> usize {
-        let copies = self.steps.values().filter(|step| step.command.is_none()).count();
-        self.commands.len() + copies
+        self.commands.len() + self.copies
     }
 
     /// Commands that wait for the IOPS limit.
@@ -444,6 +453,11 @@ impl Volume {
             self.finish(id, Err(HostError::Io));
             return;
         }
+        let running = command.and_then(|command| self.commands.get(&command));
+        if running.is_some_and(|running| running.forgotten) {
+            self.finish(id, Err(HostError::Shutdown));
+            return;
+        }
         match (task, command) {
             (Task::Zeros(_) | Task::ZeroRange(_), _) => self.admit(id),
             (Task::Copy(device), _) => self.enter(id, Stage::Copy, Effect::CopyReady { step: id, device }),
@@ -526,6 +540,7 @@ impl Volume {
             self.granted.extend(self.locks.release(id, kind));
         }
         let Some(command) = step.command else {
+            self.copies -= 1;
             return;
         };
         if let Some(running) = self.commands.get_mut(&command) {

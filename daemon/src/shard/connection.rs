@@ -4,7 +4,7 @@
 //! is received straight into it. A connection that has too much on its way is not read from: that is the back-pressure.
 
 use block::{ByteRange, Extent, HostCommand, VolumeId, VolumeIndex};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use control::{Peer, VolumeAccess};
 use engine::STEP_BYTES_MAX;
 use engine::volume::STEPS_IN_FLIGHT_MAX;
@@ -13,7 +13,7 @@ use store::{Buffer, Operation, Payload, Socket};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::command::HostConnection;
-use super::datapath::Pending;
+use super::datapath::{EXTENTS_MAX, Pending};
 use super::output::Output;
 use super::requests::{HostPayload, Parts, Request};
 use super::tls::TlsSession;
@@ -28,6 +28,10 @@ const RECEIVE_BYTES_BULKY: usize = 512;
 const BULKY_BYTES: usize = 16 << 10;
 /// Commands of one connection on their way; clients keep far fewer.
 const COMMANDS_MAX: usize = 512;
+/// What a command without payload is charged: it bounds how many there are.
+const COMMAND_BYTES: u64 = 512;
+/// The longest answer to a status command: 16 bytes for each extent, and its head.
+const STATUS_BYTES_MAX: u64 = 16 * (EXTENTS_MAX as u64) + 512;
 /// A connection's share of the memory for requests on their way; the rest is for others.
 const SHARE: usize = 4;
 
@@ -49,6 +53,16 @@ struct Waiting {
     cookie: Cookie,
     command: HostCommand,
     length: usize,
+}
+
+/// What came of asking for a waiting command's memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    Yes,
+    /// Its connection has its share.
+    OwnFull,
+    /// All of it is taken.
+    AllFull,
 }
 
 pub(super) enum Intake {
@@ -95,7 +109,7 @@ impl Connection {
     /// True if it wants no more, and everything is answered and sent.
     pub(super) fn is_over(&self) -> bool {
         let ended = self.ending || matches!(self.intake, Intake::Ended);
-        ended && self.commands == 0 && self.output.is_flushed()
+        ended && self.commands == 0 && self.waiting.is_none() && self.output.is_flushed()
     }
 
     /// True if nothing is left to be sent.
@@ -216,7 +230,7 @@ impl Shard {
     /// The ring of a mirror has a budget of its own, so a partner that does not take what is sent starves no host.
     fn take_memory(&mut self, id: ConnectionId) {
         if self.starved.is_empty() {
-            if !self.try_take_memory(id) {
+            if self.try_take_memory(id) == Taken::AllFull {
                 self.starved.push_back(id);
             }
         } else if !self.starved.contains(&id) {
@@ -224,26 +238,29 @@ impl Shard {
         }
     }
 
-    /// False if the command must wait.
-    fn try_take_memory(&mut self, id: ConnectionId) -> bool {
+    fn try_take_memory(&mut self, id: ConnectionId) -> Taken {
         let Some(connection) = self.connections.get_mut(id.0).filter(|connection| !connection.closed) else {
-            return true;
+            return Taken::Yes;
         };
         let Some(Waiting { cookie, command, length }) = connection.waiting else {
-            return true;
+            return Taken::Yes;
         };
         let charged = charge(&command);
         let own_full = connection.bytes > 0 && connection.bytes + charged > self.request_bytes_max / SHARE;
         let all_full = self.request_bytes > 0 && self.request_bytes + charged > self.request_bytes_max;
-        if own_full || all_full {
-            return false;
+        if own_full {
+            // It goes on when one of its own replies is sent, and holds up nobody else meanwhile.
+            return Taken::OwnFull;
+        }
+        if all_full {
+            return Taken::AllFull;
         }
         connection.bytes += charged;
         self.request_bytes += charged;
         connection.waiting = None;
         if !matches!(command, HostCommand::Write { .. }) {
             self.submit_command(id, cookie, command, HostPayload::Nothing);
-            return true;
+            return Taken::Yes;
         }
         let mut buffer = self.pool.take_over(length);
         let available = connection.unparsed.len().min(length);
@@ -258,16 +275,16 @@ impl Shard {
         } else {
             connection.arriving = Some(Arriving { cookie, command, buffer, filled: available });
         }
-        true
+        Taken::Yes
     }
 
-    /// Connections that waited for memory try again, in their order.
+    /// Connections that waited for memory try again, in their order: a large command that waits is not overtaken.
     pub(super) fn feed_starved(&mut self) {
-        for id in std::mem::take(&mut self.starved) {
-            if self.try_take_memory(id) {
-                self.parse(id);
-            } else {
-                self.starved.push_back(id);
+        while let Some(id) = self.starved.pop_front() {
+            match self.try_take_memory(id) {
+                Taken::Yes => self.parse(id),
+                Taken::OwnFull => {}
+                Taken::AllFull => return self.starved.push_front(id),
             }
         }
     }
@@ -393,7 +410,8 @@ impl Shard {
     /// Appends the answer to a command; `parts` are a read's bytes.
     /// A read's bytes stay charged until they are sent; all others are released here.
     pub(super) fn reply(&mut self, request: &Request, result: block::HostResult, parts: Parts) {
-        let keeps = result.is_ok() && matches!(request.command, HostCommand::Read { .. });
+        let keeps = result.is_ok()
+            && matches!(request.command, HostCommand::Read { .. } | HostCommand::Status { .. });
         let connection = request.connection.and_then(|id| self.connections.get(id.0));
         let open = connection.is_some_and(|connection| !connection.closed);
         if !keeps || !open {
@@ -417,7 +435,11 @@ impl Shard {
             (Ok(()), HostCommand::Status { range, .. }) => {
                 let unknown = [Extent { length: range.length(), zero: false }];
                 let known = if request.extents.is_empty() { &unknown[..] } else { &request.extents[..] };
-                style.put_status(output.heads(), request.cookie, known);
+                let mut told = BytesMut::new();
+                style.put_status(&mut told, request.cookie, known);
+                let unused = charge(&request.command).saturating_sub(told.len());
+                output.push_data(told.freeze());
+                self.release_memory(Some(id), unused);
             }
             (
                 Ok(()),
@@ -436,6 +458,10 @@ impl Shard {
         for id in std::mem::take(&mut self.flushing) {
             self.send_gathered(id);
             // A connection that was paused by too many commands goes on.
+            let connection = self.connections.get(id.0);
+            if connection.is_some_and(|connection| connection.waiting.is_some()) {
+                self.take_memory(id);
+            }
             let idle = self.connections.get(id.0).is_some_and(|connection| {
                 matches!(connection.intake, Intake::Paused) && connection.commands < COMMANDS_MAX
             });
@@ -578,20 +604,22 @@ fn put_read(output: &mut Output, style: ReplyStyle, cookie: Cookie, range: ByteR
     hidden
 }
 
-/// Bytes that a command holds while it is on its way: those of a write that is cut into steps twice, once in its own
-/// buffer and once in the steps'.
+/// Bytes that a command holds while it is on its way. A write that is cut into steps, or that does not cover whole data
+/// units, holds them twice: in its own buffer and in the steps'.
 pub(super) fn charge(command: &HostCommand) -> usize {
     const STEPS_BYTES_MAX: u64 = STEP_BYTES_MAX * (STEPS_IN_FLIGHT_MAX as u64);
     let length = match command {
-        HostCommand::Write { range, .. } if range.length() > STEP_BYTES_MAX => {
-            range.length() + range.length().min(STEPS_BYTES_MAX)
+        HostCommand::Write { range, .. } if range.length() > STEP_BYTES_MAX || !range.is_unit_aligned() => {
+            range.length() + range.unit_outward().length().min(STEPS_BYTES_MAX)
         }
         HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
+        // The extents found, and the reply made of them.
+        HostCommand::Status { one: false, .. } => STATUS_BYTES_MAX,
         HostCommand::Flush
         | HostCommand::Trim { .. }
         | HostCommand::WriteZeroes { .. }
         | HostCommand::Cache { .. }
-        | HostCommand::Status { .. } => 0,
+        | HostCommand::Status { one: true, .. } => COMMAND_BYTES,
     };
     usize::try_from(length).unwrap_or(usize::MAX)
 }

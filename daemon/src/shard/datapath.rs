@@ -20,7 +20,7 @@ const ENOSPC: i32 = 28;
 const EDQUOT: i32 = 122;
 const EFBIG: i32 = 27;
 /// Extents told in one answer; clients ask on from where it ends.
-const EXTENTS_MAX: usize = 4096;
+pub(super) const EXTENTS_MAX: usize = 4096;
 
 /// A write step whose partial units are being read.
 pub(super) struct Merge {
@@ -383,9 +383,6 @@ impl Shard {
         let Some(mut request) = self.requests.remove(command) else {
             return;
         };
-        if request.connection.is_none() {
-            self.forgotten = self.forgotten.saturating_sub(1);
-        }
         let volume = usize::from(request.volume.0);
         if let Some(served) = self.groups.get(&request.key)
             && let Some(slot) = served.volumes.get(volume)
@@ -409,7 +406,7 @@ impl Shard {
             let mut runs = false;
             self.with_group(key, |served, _| runs = served.group.forget(volume, number));
             if runs {
-                self.forgotten += 1;
+                self.forgotten.push(number);
             } else if let Some(request) = self.requests.remove(number) {
                 self.release_memory(Some(id), charge(&request.command));
             }
@@ -417,20 +414,21 @@ impl Shard {
     }
 
     /// Requests without a connection whose last step ended.
-    pub(super) fn drop_forgotten(&mut self, key: GroupKey) {
-        let Some(served) = self.groups.get(&key) else {
-            return;
-        };
-        let ended = self.requests.iter().filter(|(number, request)| {
-            request.key == key
-                && request.connection.is_none()
-                && !served.group.is_running(request.volume, *number)
+    pub(super) fn drop_forgotten(&mut self) {
+        let mut ended = Vec::new();
+        self.forgotten.retain(|number| {
+            let runs = self.requests.find(*number).is_some_and(|request| {
+                let served = self.groups.get(&request.key);
+                served.is_some_and(|served| served.group.is_running(request.volume, *number))
+            });
+            if !runs {
+                ended.push(*number);
+            }
+            runs
         });
-        let ended: Vec<CommandId> = ended.map(|(number, _)| number).collect();
         for number in ended {
             if let Some(request) = self.requests.remove(number) {
                 self.release_memory(None, charge(&request.command));
-                self.forgotten = self.forgotten.saturating_sub(1);
             }
         }
     }

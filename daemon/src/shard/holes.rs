@@ -17,10 +17,14 @@ pub(super) fn has_zeros(parts: &Parts) -> bool {
 }
 
 /// Cuts a read of `range` into data and holes, in order. Short holes are sent as data.
+///
+/// A piece keeps all the memory of its part alive. Where little of a part is sent, that is copied, so that what waits to
+/// be sent takes at most twice its length.
 pub(super) fn cut(range: ByteRange, parts: Parts) -> Vec<Piece> {
     let hole_bytes_min = (range.length() / HOLES_MAX).max(DATA_UNIT_BYTES).min(range.length());
     let mut pieces: Vec<Piece> = Vec::new();
     for (offset, data) in parts.into_ordered() {
+        let first = pieces.len();
         let mut at = 0;
         // Where the data begins that the last piece is, if it is of this part.
         let mut data_from = None;
@@ -42,6 +46,12 @@ pub(super) fn cut(range: ByteRange, parts: Parts) -> Vec<Piece> {
                     pieces.push((ByteRange::new(start, length).unwrap_or_default(), content));
                 }
             }
+        }
+        let own = pieces.get_mut(first..).unwrap_or_default();
+        let sent: usize = own.iter().filter_map(|(_, content)| content.as_ref()).map(Bytes::len).sum();
+        if sent * 2 < data.len() {
+            let contents = own.iter_mut().filter_map(|(_, content)| content.as_mut());
+            contents.for_each(|content| *content = Bytes::copy_from_slice(content));
         }
     }
     pieces

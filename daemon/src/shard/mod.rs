@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use block::{Monotonic, VolumeId, VolumeIndex, WallTime};
 use bytes::Bytes;
+use engine::CommandId;
 use replicator::Wake;
 use slab::Slab;
 use store::{BufferPool, Completion, Operation, Ring, Token, Waker};
@@ -114,7 +115,7 @@ struct Shard {
     request_bytes: usize,
     request_bytes_max: usize,
     /// Requests whose connection is gone.
-    forgotten: usize,
+    forgotten: Vec<CommandId>,
     /// Groups whose effects must be polled.
     touched: BTreeSet<GroupKey>,
     timers: BTreeSet<(Monotonic, GroupKey)>,
@@ -186,7 +187,7 @@ impl Shard {
             requests: Requests::default(),
             request_bytes: 0,
             request_bytes_max: receive_bytes,
-            forgotten: 0,
+            forgotten: Vec::new(),
             touched: BTreeSet::new(),
             timers: BTreeSet::new(),
             flushing: BTreeSet::new(),
@@ -224,6 +225,7 @@ impl Shard {
                 busy_at = Some(self.now);
             } else if busy_at.take_if(|at| self.now.since(*at) >= IDLE_TRIM).is_some() {
                 self.pool.trim();
+                self.ring.rest();
             }
             for completion in completions.drain(..) {
                 self.complete(completion);
@@ -234,6 +236,9 @@ impl Shard {
             }
             self.fire_timers();
             self.work();
+            if !self.forgotten.is_empty() {
+                self.drop_forgotten();
+            }
             self.feed_starved();
             self.send_replies();
             self.finish_draining();
@@ -305,9 +310,6 @@ impl Shard {
         while let Some(effect) = self.groups.get_mut(&key).and_then(|served| served.group.poll_effect()) {
             self.perform(key, effect);
         }
-        if self.forgotten > 0 {
-            self.drop_forgotten(key);
-        }
         let Some(served) = self.groups.get_mut(&key) else {
             return;
         };
@@ -326,8 +328,10 @@ impl Shard {
         let Some(served) = self.groups.get(&key) else {
             return;
         };
-        let idle = served.group.is_drained() && served.outstanding == 0 && served.connections.is_empty();
-        if served.removing.is_none() || !idle {
+        if served.removing.is_none() {
+            return;
+        }
+        if !served.group.is_drained() || served.outstanding > 0 || !served.connections.is_empty() {
             return;
         }
         if let Some(mut served) = self.groups.remove(&key) {
@@ -501,6 +505,9 @@ impl Shard {
     }
 
     fn finish_draining(&mut self) {
+        if self.draining.is_none() {
+            return;
+        }
         let drained = self.groups.values().all(|served| served.group.is_drained() && served.outstanding == 0);
         let flushed = self.connections.iter().all(|(_, connection)| connection.is_flushed());
         if !drained || !self.flushing.is_empty() || !flushed {

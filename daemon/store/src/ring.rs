@@ -1,10 +1,11 @@
 //! The shard's ring: operations in, completions out, one system call a turn.
 //!
 //! Guarantees: every submitted operation gives exactly one [`Completion`], unless the ring is dropped first; memory
-//! comes back with it and not before; a dropped ring cancels what is in the kernel and waits for it. Nothing is
-//! submitted to the kernel before the next [`Ring::wait`].
+//! comes back with it and not before; a dropped ring cancels what is in the kernel and waits for it (not for its
+//! workers, which end what they have and touch nothing of the ring's). Nothing is submitted to the kernel before the
+//! next [`Ring::wait`].
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::io;
 use std::marker::PhantomData;
@@ -49,9 +50,10 @@ pub struct Ring {
     ended: Vec<Completion>,
     /// Scratch space for one round of results.
     results: Vec<(Handle, i32)>,
-    surveyor: Worker,
-    /// For the page cache.
-    writer: Worker,
+    /// By their file, so that one file's slow device holds up no other; see [`rest`](Self::rest).
+    workers: BTreeMap<usize, Worker>,
+    /// Operations that workers have.
+    working: usize,
     waker: Waker,
     woken: bool,
     /// The kernel takes submissions from one thread only.
@@ -90,8 +92,8 @@ impl Ring {
             queued: VecDeque::from([Step::Start(waking)]),
             ended: Vec::new(),
             results: Vec::new(),
-            surveyor: Worker::new("survey", waker.clone()),
-            writer: Worker::new("page-writer", waker.clone()),
+            workers: BTreeMap::new(),
+            working: 0,
             waker,
             woken: false,
             _one_thread: PhantomData,
@@ -105,7 +107,7 @@ impl Ring {
 
     /// Operations submitted whose completion was not handed out yet.
     pub fn in_flight(&self) -> usize {
-        self.kernel.len() - 1 + self.ended.len() + self.surveyor.in_flight() + self.writer.in_flight()
+        self.kernel.len() - 1 + self.ended.len() + self.working
     }
 
     /// Queues an operation; the next [`wait`](Self::wait) starts it. It never fails and has no bound of its own: the
@@ -123,9 +125,9 @@ impl Ring {
             return;
         }
         match &operation {
-            Operation::Survey { .. } => self.surveyor.submit(token, operation),
+            Operation::Survey { file, .. } => self.hand_over(file.key(), token, operation),
             Operation::Write { file, durable: false, .. } if !file.is_direct() => {
-                self.writer.submit(token, operation);
+                self.hand_over(file.key(), token, operation);
             }
             Operation::Read { .. }
             | Operation::Write { .. }
@@ -185,10 +187,31 @@ impl Ring {
             self.settle(handle, result);
         }
         self.results = results;
-        self.surveyor.collect(&mut self.ended);
-        self.writer.collect(&mut self.ended);
+        self.collect_work();
         out.append(&mut self.ended);
         Ok(mem::take(&mut self.woken))
+    }
+
+    /// Ends the threads that have nothing to do; they come back when they are needed.
+    pub fn rest(&mut self) {
+        self.workers.retain(|_, worker| worker.in_flight() > 0);
+    }
+
+    fn hand_over(&mut self, key: usize, token: Token, operation: Operation) {
+        self.working += 1;
+        let worker = self.workers.entry(key).or_insert_with(|| Worker::new(self.waker.clone()));
+        worker.submit(token, operation);
+    }
+
+    fn collect_work(&mut self) {
+        if self.working == 0 {
+            return;
+        }
+        let before = self.ended.len();
+        for worker in self.workers.values_mut() {
+            worker.collect(&mut self.ended);
+        }
+        self.working -= self.ended.len() - before;
     }
 
     /// Moves the queued steps to the kernel, as many as it takes.

@@ -1,4 +1,4 @@
-//! Operations for which io_uring is no help, on threads of the ring's own, each started when it is first needed.
+//! Operations for which io_uring is no help, on threads of the ring's own: one a file, started when it is first needed.
 //!
 //! - *Surveys*: which parts of a file are known to read as zeros, its holes and unwritten extents. There is no lseek in
 //!   io_uring, and looking extents up may read the file system's metadata from disk. A write that was completed before a
@@ -23,7 +23,6 @@ const SLICES_MAX: usize = 64;
 
 /// The ring's side of one worker thread.
 pub(crate) struct Worker {
-    name: &'static str,
     waker: Waker,
     /// `None` until the thread is needed; it ends when this is dropped.
     orders: Option<Sender<(Token, Operation)>>,
@@ -32,8 +31,8 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(name: &'static str, waker: Waker) -> Self {
-        Self { name, waker, orders: None, answers: Arc::default(), in_flight: 0 }
+    pub(crate) fn new(waker: Waker) -> Self {
+        Self { waker, orders: None, answers: Arc::default(), in_flight: 0 }
     }
 
     /// Operations whose completion was not collected yet.
@@ -70,7 +69,7 @@ impl Worker {
         let (sender, receiver) = channel();
         let (waker, answers) = (self.waker.clone(), Arc::clone(&self.answers));
         thread::Builder::new()
-            .name(self.name.to_owned())
+            .name("file-worker".to_owned())
             .spawn(move || serve(&receiver, &answers, &waker))?;
         Ok(sender)
     }

@@ -137,7 +137,8 @@ impl Flight {
                     fsync.flags(FsyncFlags::DATASYNC).build()
                 }
                 Operation::Prefetch { file, offset, length } => {
-                    let length = i64::try_from(*length).unwrap_or(i64::MAX);
+                    // The ring's field has 32 bits, and 0 would mean all of the file; it is advice.
+                    let length = i64::from(u32::try_from(*length).unwrap_or(u32::MAX));
                     let advise =
                         opcode::Fadvise::new(Fd(file.as_raw_fd()), length, libc::POSIX_FADV_WILLNEED);
                     advise.offset(*offset).build()
