@@ -204,7 +204,8 @@ impl VolumeAccess {
                 return Err(AccessChangeError::NeedsTls);
             }
             Some(TlsRule::Optional) => false,
-            None => changed.tls_required,
+            // A list implied TLS; without it TLS stays until it is given up by name.
+            None => changed.tls_required || (changed.hosts.is_empty() && !self.hosts.is_empty()),
         };
         Ok(changed)
     }
@@ -344,6 +345,9 @@ mod tests {
         let mut change = VolumeAccessChange { revoke: vec![identity("a")], ..VolumeAccessChange::default() };
         assert_eq!(before.changed(&change), Err(AccessChangeError::WouldOpen));
         change = VolumeAccessChange { any_host: true, ..VolumeAccessChange::default() };
+        let secured = VolumeAccess { tls_required: true, ..VolumeAccess::default() };
+        assert_eq!(before.changed(&change), Ok(secured));
+        change.tls = Some(TlsRule::Optional);
         assert_eq!(before.changed(&change), Ok(VolumeAccess::default()));
         change = VolumeAccessChange { revoke: vec![identity("b")], ..VolumeAccessChange::default() };
         assert_eq!(before.changed(&change), Err(AccessChangeError::NotListed(identity("b"))));

@@ -83,8 +83,7 @@ impl<'de> Visitor<'de> for Forms {
     }
 
     fn visit_str<E: Error>(self, text: &str) -> Result<NbdListener, E> {
-        let address = text.parse().map_err(E::custom)?;
-        Ok(NbdListener { address, tls: NbdTls::Off })
+        text.parse().map_err(E::custom)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<NbdListener, A::Error> {
@@ -98,6 +97,10 @@ impl FromStr for NbdListener {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let Some((address, mode)) = text.rsplit_once(",tls=") else {
+            // A mode that is spelled otherwise must not become part of a socket's path, served in clear text.
+            if let Some((_, mode)) = text.split_once(',') {
+                return Err(ListenerError::Mode(mode.to_owned()));
+            }
             return Ok(Self { address: text.parse()?, tls: NbdTls::Off });
         };
         let tls = match mode {

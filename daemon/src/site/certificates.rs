@@ -212,7 +212,8 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsSetupError> {
 fn own_files(settings: &Settings) -> Result<CertificateFiles, TlsSetupError> {
     let folder = settings.data_dir.join(FOLDER);
     let files = CertificateFiles { certificate: folder.join(CERTIFICATE_FILE), key: folder.join(KEY_FILE) };
-    if files.certificate.exists() || files.key.exists() {
+    // A key alone is what a crash while they were made has left: nobody has the certificate to it yet.
+    if files.certificate.exists() {
         return Ok(files);
     }
     let system = |source| FilesError::System { action: "make", path: folder.clone(), source };

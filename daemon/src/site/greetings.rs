@@ -37,6 +37,9 @@ pub(super) struct Greetings {
     running: Mutex<Running>,
 }
 
+/// An origin with more than this part of all handshakes is a crowd.
+const CROWD_SHARE: usize = 8;
+
 #[derive(Debug, Default)]
 struct Running {
     last: u64,
@@ -63,12 +66,20 @@ impl Greetings {
         running.last += 1;
         let number = running.last;
         let place = Place { greetings: Arc::clone(self), number };
-        // It is in the list before it can leave it, as leaving needs the lock.
+        drop(running);
+        let (listed, start) = tokio::sync::oneshot::channel::<()>();
+        // Without the lock: a runtime that is ending drops the task, and so its place, at once.
         let task = tokio::spawn(async move {
             let _place = place;
-            greeting.await;
+            if start.await.is_ok() {
+                greeting.await;
+            }
         });
-        running.tasks.insert(number, (origin, task.abort_handle()));
+        // It is in the list before it can leave it, unless it was dropped already.
+        if !task.is_finished() {
+            lock(&self.running).tasks.insert(number, (origin, task.abort_handle()));
+        }
+        let _ = listed.send(());
     }
 
     #[cfg(test)]
@@ -83,8 +94,13 @@ impl Running {
         for (origin, _) in self.tasks.values() {
             *counts.entry(*origin).or_default() += 1;
         }
-        let crowded = counts.into_iter().max_by_key(|(_, count)| *count).map(|(origin, _)| origin);
-        let oldest = self.tasks.iter().find(|(_, (origin, _))| Some(*origin) == crowded).map(|(age, _)| *age);
+        // An origin with a real share loses its oldest; where none has, age alone decides, whatever the address.
+        let crowd = self.tasks.len() / CROWD_SHARE;
+        let crowded = counts.iter().filter(|(_, count)| **count > crowd).max_by_key(|(_, count)| **count);
+        let crowded = crowded.map(|(origin, _)| *origin);
+        let oldest =
+            self.tasks.iter().find(|(_, (origin, _))| crowded.is_none_or(|crowded| *origin == crowded));
+        let oldest = oldest.map(|(age, _)| *age);
         if let Some((_, task)) = oldest.and_then(|oldest| self.tasks.remove(&oldest)) {
             tracing::debug!(?crowded, "a handshake is dropped for a newer one");
             task.abort();

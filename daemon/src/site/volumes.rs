@@ -62,7 +62,8 @@ impl Site {
     fn volume_in_trouble(&self, id: VolumeId, reason: &str) {
         lock(&self.troubles).insert(id, reason.to_owned());
         if let Some(volume) = self.catalogue().volume_by_id(id) {
-            self.exports().insert(&volume, None, reason);
+            // Paths and key files are for operators, who find them in the log and with `volume show`.
+            self.exports().insert(&volume, None, "it is offline; the site's operator can tell why");
         }
     }
 
