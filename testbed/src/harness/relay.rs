@@ -210,10 +210,11 @@ impl Shared {
     }
 
     fn send(&self, socket: &UdpSocket, to: Option<SocketAddr>, bytes: &[u8]) {
-        // A packet that cannot be sent is a lost packet.
+        // Counted before, so that whoever has a packet finds it counted. One that cannot be sent is a lost one.
+        self.passed.fetch_add(1, Ordering::Relaxed);
         let sent = to.map_or_else(|| socket.send(bytes), |to| socket.send_to(bytes, to));
-        if sent.is_ok() {
-            self.passed.fetch_add(1, Ordering::Relaxed);
+        if sent.is_err() {
+            self.passed.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }
