@@ -326,6 +326,7 @@ impl Site {
             access: VolumeAccess::default(),
             wrapped_key: volume.wrapped_key.clone(),
             pool,
+            revision: 0,
         };
         self.allocate_volume(&record)
             .map_err(|error| (RefusalCode::NoSpace, format!("site '{here}': {error}")))?;

@@ -270,6 +270,7 @@ impl Site {
             access: VolumeAccess::default(),
             wrapped_key: self.key.wrap(&key).as_bytes().to_vec(),
             pool,
+            revision: 0,
         };
         let home = self.allocate_volume(&record)?;
         self.add_lone(&record, home, Arc::new(VolumeCipher::new(&key)));
