@@ -81,7 +81,7 @@ impl Catalogue {
         }
     }
 
-    /// Stores a volume's new size or access, as its next revision; that of the record is not looked at.
+    /// Changes a volume's size or access, as its next revision; returns the new record.
     ///
     /// # Errors
     /// The volume does not exist, the list of hosts is too long, or its header or the catalogue cannot be written: then
@@ -89,11 +89,16 @@ impl Catalogue {
     ///
     /// # Panics
     /// If anything else in the record has changed.
-    pub fn update_volume(&self, new: VolumeRecord) -> Result<(), CatalogueError> {
+    pub fn change_volume(
+        &self,
+        id: VolumeId,
+        change: impl FnOnce(&mut VolumeRecord),
+    ) -> Result<VolumeRecord, CatalogueError> {
         let mut state = self.state();
-        let old = state.content.volumes.get(&new.id).cloned();
-        let old = old.ok_or_else(|| CatalogueError::unknown_volume(new.id))?;
-        let new = VolumeRecord { revision: old.revision.saturating_add(1), ..new };
+        let old = state.content.volumes.get(&id).cloned();
+        let old = old.ok_or_else(|| CatalogueError::unknown_volume(id))?;
+        let mut new = VolumeRecord { revision: old.revision.saturating_add(1), ..old.clone() };
+        change(&mut new);
         let (size, access, revision) = (new.size, new.access.clone(), new.revision);
         assert!(new == VolumeRecord { size, access, revision, ..old.clone() }, "only size and access change");
         bound("list of hosts", &new.name, new.access.hosts_bytes(), 0, ACCESS_HOSTS_BYTES_MAX)?;
@@ -102,7 +107,7 @@ impl Catalogue {
         let written = self.write_header(&state.content, &new, Life::Live, part.clone());
         let outcome = written.and_then(|()| self.apply(&[Change::Volume(&new)]));
         let stands = if outcome.is_ok() {
-            new
+            new.clone()
         } else {
             // Header or catalogue may hold what was refused. A later revision keeps it from coming up at the next start.
             let stands = VolumeRecord { revision: revision.saturating_add(1), ..old };
@@ -112,7 +117,7 @@ impl Catalogue {
             stands
         };
         state.content.volumes.insert(stands.id, stands);
-        outcome
+        outcome.map(|()| new)
     }
 
     /// Deletes a volume and its files. The caller has closed them.

@@ -101,6 +101,16 @@ fn volume(text: &str, pool: &str) -> VolumeRecord {
     }
 }
 
+impl Catalogue {
+    fn update_volume(&self, new: VolumeRecord) -> Result<(), CatalogueError> {
+        let changed = self.change_volume(new.id, |volume| {
+            volume.size = new.size;
+            volume.access = new.access;
+        });
+        changed.map(drop)
+    }
+}
+
 fn restricted() -> VolumeAccess {
     let hosts = ["host 1", "host 2:ro"].map(|host| host.parse().unwrap()).into();
     VolumeAccess { tls_required: true, read_only: false, hosts }
