@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd,
-    PartnerView, Problem, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize,
+    PartnerView, Problem, StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize,
     VolumeView,
 };
 
@@ -118,7 +118,7 @@ impl Call<VolumeView> {
     }
 }
 
-impl Call<VolumeAccess> {
+impl Call<VolumeAccessView> {
     /// Who may open a volume.
     pub fn volume_access(name: &VolumeName) -> Self {
         Self::bare(Method::Get, format!("/v1/volumes/{name}/access"))

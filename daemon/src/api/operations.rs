@@ -5,7 +5,7 @@ use std::future::Future;
 use block::VolumeName;
 use control::{
     CertificateView, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView, Problem,
-    ProblemKind, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize, VolumeView,
+    ProblemKind, StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -53,13 +53,13 @@ pub trait Operations: Send + Sync + 'static {
         resize: VolumeResize,
     ) -> impl Future<Output = Outcome<VolumeView>> + Send;
     /// Who may open a volume.
-    fn volume_access(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
+    fn volume_access(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeAccessView>> + Send;
     /// Changes who may open a volume.
     fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
+    ) -> impl Future<Output = Outcome<VolumeAccessView>> + Send;
     /// Deletes a volume and its data.
     fn volume_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// This site's own certificate.

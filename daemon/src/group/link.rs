@@ -151,6 +151,8 @@ impl Primary {
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => {
                 self.close(

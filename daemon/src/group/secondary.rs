@@ -250,6 +250,8 @@ impl Secondary {
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => self.end_session("a message out of place", out),
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
-use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, VolumeAccess};
+use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, TlsRule, VolumeAccessChange};
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
 use store::File;
@@ -323,10 +323,17 @@ impl Site {
             class: volume.class.clone(),
             iops: volume.iops.map(to_iops),
             cache: Cache::None,
-            access: VolumeAccess::default(),
+            access: super::access::to_access(&volume.access).map_err(mismatch)?,
             wrapped_key: volume.wrapped_key.clone(),
             pool,
+            revision: 0,
         };
+        let access = record.access.clone();
+        let tls = access.tls_required.then_some(TlsRule::Required);
+        let change = VolumeAccessChange { allow: access.hosts, tls, ..VolumeAccessChange::default() };
+        if let Some(reason) = self.unreachable_by(&change) {
+            tracing::warn!(volume = %record.name, "after a failover here no host could open the replica: {reason}");
+        }
         self.allocate_volume(&record)
             .map_err(|error| (RefusalCode::NoSpace, format!("site '{here}': {error}")))?;
         Ok(record)
@@ -544,6 +551,7 @@ fn to_mirror_volume(volume: &VolumeRecord) -> MirrorVolume {
             IopsLimit::PerSecond(limit) => limit.get(),
         }),
         wrapped_key: volume.wrapped_key.clone(),
+        access: super::access::to_mirror_access(&volume.access),
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use block::VolumeName;
 use control::{
     CertificateView, Counts, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView,
-    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeCreate,
-    VolumeResize, VolumeView,
+    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccessChange, VolumeAccessView,
+    VolumeCreate, VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -116,6 +116,7 @@ impl Site {
                 Some(name) => format!("volume '{name}' is not served: {trouble}"),
                 None => trouble.clone(),
             })
+            .chain(names.iter().filter_map(|volume| self.untold_of(volume.id)))
             .collect()
     }
 }
@@ -159,15 +160,15 @@ impl Operations for Operator {
         self.resize_volume(&name, resize).await
     }
 
-    async fn volume_access(&self, name: VolumeName) -> Outcome<VolumeAccess> {
-        Ok(self.known_volume(&name)?.access)
+    async fn volume_access(&self, name: VolumeName) -> Outcome<VolumeAccessView> {
+        Ok(self.access_view(&self.known_volume(&name)?))
     }
 
     async fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> Outcome<VolumeAccess> {
+    ) -> Outcome<VolumeAccessView> {
         let _changing = self.changes.lock().await;
         self.change_access(&name, change).await
     }

@@ -4,6 +4,7 @@
 //! docs/protocols/replication.md. The machines here decide *what is allowed*; the daemon's group machine decides
 //! *when*, and performs it.
 
+mod access;
 mod codec;
 pub mod fuzz;
 mod lineage;
@@ -13,6 +14,7 @@ mod rpo;
 mod sender;
 mod states;
 
+pub use access::{MirrorAccess, MirrorHost, SetAccess};
 pub use codec::CodecError;
 pub use lineage::{Fork, GroupState, HelloVerdict, Refusal, RefusalCode, ResumePlan, Role};
 pub use message::{

@@ -8,11 +8,14 @@ use block::{
 };
 use bytes::Bytes;
 
+use crate::access::{
+    MirrorAccess, SetAccess, decode_access, decode_set_access, encode_access, encode_set_access,
+};
 use crate::codec::{CodecError, Reader, Writer};
 use crate::lineage::{FORKS_MAX, Fork, RefusalCode};
 
 /// The version that both sides must speak.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// No control frame is longer.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -40,6 +43,8 @@ pub struct MirrorVolume {
     pub iops: Option<u32>,
     /// The data key, wrapped by the key-encryption key that both sites share.
     pub wrapped_key: Vec<u8>,
+    /// Who may open it: the replica begins with the primary's rules.
+    pub access: MirrorAccess,
 }
 
 /// The primary opens a session.
@@ -202,6 +207,10 @@ pub enum Message {
     },
     /// It is forgotten.
     Deleted,
+    /// Primary to target, first frame of its own session.
+    SetAccess(SetAccess),
+    /// It is durable there.
+    AccessSet,
     /// Are you there?
     Ping,
     /// Yes.
@@ -228,6 +237,8 @@ const DELETE_MIRROR: u8 = 18;
 const DELETED: u8 = 19;
 const PING: u8 = 20;
 const PONG: u8 = 21;
+const SET_ACCESS: u8 = 22;
+const ACCESS_SET: u8 = 23;
 
 impl Message {
     /// The frame's bytes.
@@ -283,6 +294,11 @@ impl Message {
                 out.u64(epoch.0);
             }
             Self::Deleted => out.u8(DELETED),
+            Self::SetAccess(set) => {
+                out.u8(SET_ACCESS);
+                encode_set_access(&mut out, set);
+            }
+            Self::AccessSet => out.u8(ACCESS_SET),
             Self::Ping => out.u8(PING),
             Self::Pong { site, name } => {
                 out.u8(PONG);
@@ -332,6 +348,8 @@ impl Message {
                 epoch: Epoch(input.u64()?),
             },
             DELETED => Self::Deleted,
+            SET_ACCESS => Self::SetAccess(decode_set_access(&mut input)?),
+            ACCESS_SET => Self::AccessSet,
             PING => Self::Ping,
             PONG => Self::Pong { site: input.site()?, name: input.text("name", NAME_BYTES_MAX)? },
             value => {
@@ -473,6 +491,7 @@ fn encode_create(out: &mut Writer, create: &CreateMirror) {
         out.bool(volume.iops.is_some());
         out.u32(volume.iops.unwrap_or(0));
         out.counted(&volume.wrapped_key);
+        encode_access(out, &volume.access);
     }
 }
 
@@ -503,7 +522,8 @@ fn decode_volume(input: &mut Reader<'_>) -> Result<MirrorVolume, CodecError> {
     }
     let iops = has_iops.then_some(value);
     let wrapped_key = input.counted("wrapped key", KEY_BYTES_MAX)?;
-    Ok(MirrorVolume { id, name, size, class, iops, wrapped_key })
+    let access = decode_access(input)?;
+    Ok(MirrorVolume { id, name, size, class, iops, wrapped_key, access })
 }
 
 #[cfg(test)]
@@ -512,6 +532,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::access::MirrorHost;
 
     fn samples() -> Vec<Message> {
         let position = Position {
@@ -529,7 +550,13 @@ mod tests {
             class: "standard".into(),
             iops: Some(500),
             wrapped_key: vec![5; 72],
+            access: MirrorAccess {
+                tls_required: true,
+                read_only: false,
+                hosts: vec![MirrorHost { identity: "host 1".into(), read_only: true }],
+            },
         };
+        let access = (volume.id, 7, volume.access.clone());
         vec![
             Message::Hello(Hello {
                 version: PROTOCOL_VERSION,
@@ -572,6 +599,12 @@ mod tests {
             Message::Created { site: position.origin },
             Message::DeleteMirror { mirror: MirrorId::from_bytes([2; 16]), epoch: Epoch(1) },
             Message::Deleted,
+            Message::SetAccess(SetAccess {
+                mirror: MirrorId::from_bytes([2; 16]),
+                epoch: Epoch(1),
+                volumes: vec![access],
+            }),
+            Message::AccessSet,
             Message::Ping,
             Message::Pong { site: position.origin, name: "east".into() },
         ]
@@ -593,7 +626,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..15, at in 0_usize..400, value: u8) {
+        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..17, at in 0_usize..400, value: u8) {
             let mut bytes = samples()[index].encode().to_vec();
             let at = at % bytes.len();
             bytes[at] = value;

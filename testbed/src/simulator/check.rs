@@ -128,6 +128,8 @@ impl World {
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => {}
         }
