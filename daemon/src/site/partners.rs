@@ -165,6 +165,9 @@ impl Site {
             | Message::HashRequest(_)
             | Message::HashReply(_)
             | Message::Orphans { .. }
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
+            | Message::Relinquish { .. }
             | Message::Created { .. }
             | Message::Deleted
             | Message::Pong { .. } => {
