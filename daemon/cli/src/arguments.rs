@@ -216,6 +216,11 @@ pub(crate) enum MirrorCommand {
         #[arg(long, value_enum, value_name = "local|partner")]
         primary: Option<SideWord>,
     },
+    /// Give this primary's role to the secondary; nothing is lost, hosts reconnect there.
+    Switch {
+        /// The mirror's name.
+        name: VolumeName,
+    },
     /// Make this secondary primary; what it has not received is lost.
     Failover {
         /// The mirror's name.

@@ -135,6 +135,7 @@ impl Session {
                 let start = MirrorStart { primary: primary.map(Into::into) };
                 self.ask(&Call::mirror_start(&name, start), views::mirror).await
             }
+            MirrorCommand::Switch { name } => self.ask(&Call::mirror_switch(&name), views::mirror).await,
             MirrorCommand::Failover { name, accept_loss } => self.failover(&name, accept_loss).await,
             MirrorCommand::Wait { name, goal, timeout } => {
                 let view = wait(&self.client, &name, goal, timeout).await?;

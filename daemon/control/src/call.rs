@@ -183,6 +183,11 @@ impl Call<MirrorView> {
     pub fn mirror_start(name: &VolumeName, start: MirrorStart) -> Self {
         Self::post(format!("/v1/mirrors/{name}/start"), &start)
     }
+
+    /// Gives the primary's role to the secondary; nothing is lost.
+    pub fn mirror_switch(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/mirrors/{name}/switch"))
+    }
 }
 
 impl Call<Vec<MirrorView>> {

@@ -88,6 +88,8 @@ pub trait Operations: Send + Sync + 'static {
     ) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Makes the secondary primary; the operator has accepted the loss.
     fn mirror_failover(&self, name: VolumeName) -> impl Future<Output = Outcome<FailoverResult>> + Send;
+    /// Gives this side's role to the partner; nothing is lost.
+    fn mirror_switch(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Deletes a mirror; its volumes stay.
     fn mirror_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// The site as a whole.

@@ -28,6 +28,7 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/mirrors/{name}", get(mirror_show::<O>).delete(mirror_delete::<O>))
         .route("/v1/mirrors/{name}/stop", post(mirror_stop::<O>))
         .route("/v1/mirrors/{name}/start", post(mirror_start::<O>))
+        .route("/v1/mirrors/{name}/switch", post(mirror_switch::<O>))
         .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
         .route("/v1/status", get(status::<O>))
         .fallback(no_route)
@@ -91,6 +92,7 @@ handlers! {
     mirror_show(Name name) -> OK;
     mirror_stop(Name name) -> OK;
     mirror_start(Name name, Body start) -> OK;
+    mirror_switch(Name name) -> OK;
     mirror_delete(Name name) -> NO_CONTENT;
     status() -> OK;
 }

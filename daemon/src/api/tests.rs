@@ -201,6 +201,11 @@ impl Operations for Fake {
         })
     }
 
+    async fn mirror_switch(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
+        self.note("mirror switch", Some(&name))?;
+        Ok(mirror(name))
+    }
+
     async fn mirror_delete(&self, name: VolumeName) -> Result<(), OperationError> {
         self.note("mirror delete", Some(&name))
     }
@@ -332,6 +337,7 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     api.send(Call::mirror_stop(&name("m"))).await.unwrap();
     let start = MirrorStart { primary: Some(Side::Local) };
     api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
+    assert_eq!(api.send(Call::mirror_switch(&name("m"))).await.unwrap(), mirror(name("m")));
     let failover = FailoverRequest { accept_loss: true };
     assert!(api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap().seconds_lost_bound);
     api.send(Call::mirror_delete(&name("m"))).await.unwrap();
@@ -339,7 +345,7 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     let expected = "volume create a, volume list, volume show a, volume resize to 2097152 a, volume access a, \
                     volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
-                    mirror stop m, mirror start Some(Local) m, mirror failover m, mirror delete m, status";
+                    mirror stop m, mirror start Some(Local) m, mirror switch m, mirror failover m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);
 }
 

@@ -13,6 +13,7 @@ mod primary;
 mod resync;
 mod roles;
 mod secondary;
+mod switch;
 mod view;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -31,6 +32,7 @@ use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
+pub use switch::SwitchProgress;
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 
 use apply::ApplyItem;
@@ -39,6 +41,7 @@ use link::LinkNews;
 use primary::Primary;
 use roles::{StateChange, Transition};
 use secondary::{Secondary, TargetNews};
+use switch::PlannedSwitch;
 
 /// One volume of a group.
 #[derive(Clone, Debug)]
@@ -155,6 +158,7 @@ struct Mirror {
     retry_change_at: Option<Monotonic>,
     /// A restarted primary waits for its partner until then.
     grace_until: Option<Monotonic>,
+    planned: PlannedSwitch,
 }
 
 struct VolumeSlot {
@@ -256,6 +260,7 @@ impl Group {
             changing: None,
             retry_change_at: None,
             grace_until: grace_until.filter(|_| primary),
+            planned: PlannedSwitch::default(),
             settings,
             state,
         };
@@ -276,6 +281,13 @@ impl Group {
             if secondary.tip().position.epoch == mirror.state.epoch {
                 mirror.state.diverged = false;
             }
+            // So did its first commit end what this side gave up.
+            if mirror.state.relinquished.is_some_and(|tip| tip.position != secondary.tip().position) {
+                mirror.state.relinquished = None;
+            }
+            if mirror.state.diverged && mirror.state.relinquished.is_some() {
+                secondary.compare = switch::whole_volumes(&mirror.settings);
+            }
             mirror.state.consistent |= completes;
             mirror.machine = Machine::Secondary(Box::new(secondary));
             mirror.intents = intents;
@@ -289,6 +301,7 @@ impl Group {
         let Some(mut mirror) = self.mirror.take() else {
             return;
         };
+        mirror.planned.end_offer("the mirror was deleted", &mut self.out);
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
@@ -434,7 +447,9 @@ impl Group {
                 volume.0
             ),
         );
-        if let Some(mirror) = &mut self.mirror {
+        self.give_up_switch("a flush failed", false);
+        // Before the role is given up everything was flushed, and nothing was written since.
+        if let Some(mirror) = self.mirror.as_mut().filter(|mirror| !mirror.planned.is_final()) {
             mirror.end_incarnation(volume, self.now, &mut self.out);
         }
     }
@@ -508,7 +523,7 @@ impl Group {
         let now = self.now;
         let data = self.sealed.get(&(volume, step)).cloned();
         match &mut self.mirror {
-            Some(Mirror { machine: Machine::Primary(primary), .. }) => {
+            Some(Mirror { machine: Machine::Primary(primary), planned, .. }) if !planned.is_final() => {
                 primary.admit(volume, step, device, content, data);
                 for (volume, step) in primary.poll_admitted(now, &mut self.out) {
                     self.admitted(volume, step, now);
@@ -551,9 +566,11 @@ impl Group {
                 primary.dial_if_due(now, &mut self.out);
                 primary.compare_more(&mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
-                primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
-                copies = primary.plan_copies();
-                primary.clear_intent(&mirror.settings, now, &mut self.out);
+                if !mirror.planned.has_tip() {
+                    primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
+                    copies = primary.plan_copies();
+                    primary.clear_intent(&mirror.settings, now, &mut self.out);
+                }
                 primary.write_intent(&mut self.out);
             }
             Machine::Secondary(secondary) => {
@@ -568,6 +585,7 @@ impl Group {
         self.write_stored_intents();
         self.end_grace();
         self.transition_turn();
+        self.switch_turn();
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
@@ -602,11 +620,13 @@ impl Group {
         let volumes = self.volumes.iter().filter_map(|slot| slot.volume.poll_timeout());
         let mirror = self.mirror.iter().flat_map(|mirror| {
             let machine = match &mirror.machine {
+                Machine::Primary(_) if mirror.planned.has_tip() => None,
                 Machine::Primary(primary) => primary.poll_timeout(),
                 Machine::Secondary(secondary) => secondary.applying.poll_timeout(),
                 Machine::Changing(change) => change.poll_timeout(),
             };
-            [machine, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
+            let planned = mirror.planned.poll_timeout(mirror.is_changing());
+            [machine, planned, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
         });
         volumes.chain(mirror).min()
     }
@@ -621,6 +641,9 @@ impl Group {
 
     /// A session was opened at this side's wish.
     pub fn dialed(&mut self, session: SessionId) {
+        if self.offer_dialed(session) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), settings, state, .. }) => {
                 primary.dialed(session, settings, state, self.now, &mut self.out);
@@ -633,6 +656,7 @@ impl Group {
 
     /// No session could be opened.
     pub fn dial_failed(&mut self, reason: &str) {
+        self.offer_dial_failed(reason);
         if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
             primary.dial_failed(reason, self.now);
         }
@@ -678,6 +702,9 @@ impl Group {
     /// A control frame of an open session.
     pub fn message(&mut self, session: SessionId, message: Message) {
         let now = self.now;
+        if self.switch_message(session, &message) {
+            return;
+        }
         let Some(mirror) = &mut self.mirror else { return };
         match &mut mirror.machine {
             Machine::Primary(primary) if primary.is_session(session) => {
@@ -730,6 +757,9 @@ impl Group {
     /// A session ended.
     pub fn session_closed(&mut self, session: SessionId, reason: &str) {
         let now = self.now;
+        if self.offer_closed(session, reason) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), .. }) => {
                 primary.session_closed(session, reason, now, &mut self.out);
@@ -754,6 +784,8 @@ impl Group {
             Purpose::Transition => self.transition_done(result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
             Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => self.primary_io(purpose, result),
+            Purpose::SwitchFlush { volume } => self.switch_flushed(volume, result.map(|_| ())),
+            Purpose::SwitchMark => self.switch_marked(result.map(|_| ())),
             Purpose::HashRead { .. }
             | Purpose::InitialApply
             | Purpose::InitialFlush
@@ -820,7 +852,9 @@ impl Group {
             | Purpose::CompareRead { .. }
             | Purpose::ClearFlush { .. }
             | Purpose::PersistState
-            | Purpose::Transition => secondary.batch_done(ok, &mut self.out),
+            | Purpose::Transition
+            | Purpose::SwitchFlush { .. }
+            | Purpose::SwitchMark => secondary.batch_done(ok, &mut self.out),
         }
     }
 

@@ -99,7 +99,7 @@ impl Group {
     pub fn mirror_snapshot(&self) -> Option<MirrorSnapshot> {
         let mirror = self.mirror.as_ref()?;
         let consistent = mirror.state.consistent;
-        Some(match &mirror.machine {
+        let snapshot = match &mirror.machine {
             Machine::Primary(primary) => primary.snapshot(consistent, self.now),
             Machine::Secondary(secondary) => {
                 secondary.snapshot(consistent, mirror.state.diverged, self.stamp)
@@ -126,7 +126,9 @@ impl Group {
                 needs_start: false,
                 memory: ByteCount(0),
             },
-        })
+        };
+        let offered = mirror.offered_reason();
+        Some(MirrorSnapshot { reason: offered.or(snapshot.reason), ..snapshot })
     }
 
     /// The sequence of a host's write that is on its way home.

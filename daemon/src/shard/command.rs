@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::tls::TlsSession;
 use crate::group::{
     CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorSettings, MirrorSnapshot, OpenedMirror,
-    VerbRefused, VolumeSnapshot,
+    SwitchProgress, VerbRefused, VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -99,6 +99,8 @@ pub enum Verb {
     Loss,
     /// Promote this side.
     Failover,
+    /// Give the role to the partner.
+    Switch,
 }
 
 /// A group as operators see it.
@@ -113,6 +115,8 @@ pub struct GroupSnapshot {
     pub mirror: Option<MirrorSnapshot>,
     /// Its durable state.
     pub state: Option<GroupState>,
+    /// How far the last switch that was ordered here is.
+    pub switch: SwitchProgress,
 }
 
 /// The outcome of a verb.
@@ -156,6 +160,13 @@ pub enum ShardCommand {
         key: GroupKey,
         /// In index order.
         ciphers: Vec<Arc<VolumeCipher>>,
+    },
+    /// The keys that a group asked for are open, behind [`Self::Unlock`], or why not.
+    Unlocked {
+        /// Which group.
+        key: GroupKey,
+        /// The outcome.
+        result: Result<(), String>,
     },
     /// A host's connection after its handshake.
     Connect {
@@ -249,6 +260,8 @@ pub enum ShardNews {
         /// What to store.
         state: Box<GroupState>,
     },
+    /// Open the keys of the group's volumes, then answer with [`ShardCommand::Unlocked`].
+    Unlock(GroupKey),
     /// Hosts may open the group's volumes.
     Presented(GroupKey),
     /// Hosts may not, for this reason.

@@ -24,7 +24,7 @@ use crate::shard::{GroupKey, GroupSnapshot, MirroredStart, RedoFiles, ShardComma
 
 /// A promotion applies what is committed first; a long redo log takes its time.
 const FAILOVER_LIMIT: Duration = Duration::from_secs(300);
-const POLL: Duration = Duration::from_millis(10);
+pub(super) const POLL: Duration = Duration::from_millis(10);
 
 /// The new files of a mirror on one side.
 struct MirrorFiles {
@@ -479,7 +479,7 @@ impl Site {
         Ok(())
     }
 
-    fn unlock_group(&self, mirror: &MirrorRecord, key: GroupKey) -> Result<(), OperationError> {
+    pub(super) fn unlock_group(&self, mirror: &MirrorRecord, key: GroupKey) -> Result<(), OperationError> {
         let volumes = self.mirror_volumes(mirror)?;
         let ciphers: Result<Vec<_>, _> = volumes.iter().map(|volume| self.unlock(volume)).collect();
         self.shard_of(key).send(ShardCommand::Unlock { key, ciphers: ciphers? });

@@ -16,6 +16,7 @@ mod hosts;
 mod mirrors;
 mod operations;
 mod partners;
+mod switch;
 mod views;
 mod volumes;
 
@@ -292,6 +293,10 @@ impl Site {
                 ShardNews::Persist { key, io, state } => {
                     let site = Arc::clone(&self);
                     tokio::task::spawn_blocking(move || site.persist(key, io, &state));
+                }
+                ShardNews::Unlock(key) => {
+                    let site = Arc::clone(&self);
+                    tokio::task::spawn_blocking(move || site.unlock_for(key));
                 }
                 ShardNews::Presented(key) => self.exports.present(key, &Ok(())),
                 ShardNews::Withdrawn(key, reason) => self.exports.present(key, &Err(reason)),

@@ -273,6 +273,13 @@ impl Operations for Operator {
         })
     }
 
+    async fn mirror_switch(&self, name: VolumeName) -> Outcome<MirrorView> {
+        // Not held while it goes on: the role may have to be taken back meanwhile.
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.switch_group(&mirror, key).await?;
+        self.mirror_view(&mirror).await
+    }
+
     async fn mirror_delete(&self, name: VolumeName) -> Outcome<()> {
         let changing = self.changes.lock().await;
         let mirror = self.catalogue().mirror(&name).ok_or_else(|| {

@@ -180,6 +180,9 @@ impl Site {
             | Message::HashRequest(_)
             | Message::HashReply(_)
             | Message::Orphans { .. }
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
+            | Message::Relinquish { .. }
             | Message::Created { .. }
             | Message::Deleted
             | Message::AccessSet

@@ -84,6 +84,8 @@ pub struct Welcome {
     pub consistent: bool,
     /// It was a primary itself and may hold writes that the new primary never had: `compare` lists where.
     pub diverged: bool,
+    /// It gave its role up in a planned switch at exactly this tip and has taken nothing since.
+    pub relinquished: bool,
     /// By how much, in milliseconds of the target's clock, its image may be older than now; `None` if unknown.
     pub age_bound_ms: Option<u64>,
     /// Where a diverged side may differ.
@@ -191,6 +193,18 @@ pub enum Message {
         /// True while an operator's `start` is awaited.
         waiting: bool,
     },
+    /// Primary to target: can you take the role over?
+    SwitchAsk,
+    /// Target to primary: the answer.
+    SwitchReady {
+        /// Why not; empty if it can.
+        trouble: String,
+    },
+    /// A side that durably gave its role up to its target: take it, at exactly this tip.
+    Relinquish {
+        /// Everything that its hosts ever wrote.
+        tip: Tip,
+    },
     /// Site to partner, first frame of its own session.
     CreateMirror(CreateMirror),
     /// The partner holds the secondary.
@@ -231,6 +245,9 @@ const PASS_REFUSED: u8 = 6;
 const HASH_REQUEST: u8 = 7;
 const HASH_REPLY: u8 = 8;
 const ORPHANS: u8 = 9;
+const SWITCH_ASK: u8 = 10;
+const SWITCH_READY: u8 = 11;
+const RELINQUISH: u8 = 12;
 const CREATE_MIRROR: u8 = 16;
 const CREATED: u8 = 17;
 const DELETE_MIRROR: u8 = 18;
@@ -282,6 +299,15 @@ impl Message {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
                 out.bool(*waiting);
+            }
+            Self::SwitchAsk => out.u8(SWITCH_ASK),
+            Self::SwitchReady { trouble } => {
+                out.u8(SWITCH_READY);
+                out.counted(cut_short(trouble).as_bytes());
+            }
+            Self::Relinquish { tip } => {
+                out.u8(RELINQUISH);
+                out.tip(tip);
             }
             Self::CreateMirror(create) => encode_create(&mut out, create),
             Self::Created { site } => {
@@ -341,6 +367,9 @@ impl Message {
                 Self::HashReply(HashReply { id, hashes })
             }
             ORPHANS => Self::Orphans { bytes: ByteCount(input.u64()?), waiting: input.bool("waiting")? },
+            SWITCH_ASK => Self::SwitchAsk,
+            SWITCH_READY => Self::SwitchReady { trouble: input.text("trouble", TEXT_BYTES_MAX)? },
+            RELINQUISH => Self::Relinquish { tip: input.tip()? },
             CREATE_MIRROR => Self::CreateMirror(decode_create(&mut input)?),
             CREATED => Self::Created { site: input.site()? },
             DELETE_MIRROR => Self::DeleteMirror {
@@ -430,6 +459,7 @@ fn encode_welcome(out: &mut Writer, welcome: &Welcome) {
     }
     out.bool(welcome.consistent);
     out.bool(welcome.diverged);
+    out.bool(welcome.relinquished);
     out.u64(welcome.age_bound_ms.unwrap_or(u64::MAX));
     assert!(welcome.compare.len() <= RANGES_MAX, "compare ranges are merged before they are sent");
     out.count(welcome.compare.len());
@@ -442,10 +472,12 @@ fn decode_welcome(input: &mut Reader<'_>) -> Result<Welcome, CodecError> {
     let staged = if input.bool("staged")? { Some((input.u64()?, input.tip()?)) } else { None };
     let consistent = input.bool("consistent")?;
     let diverged = input.bool("diverged")?;
+    let relinquished = input.bool("relinquished")?;
     let age_bound_ms = Some(input.u64()?).filter(|age| *age != u64::MAX);
     let count = input.count("compare", RANGES_MAX)?;
     let compare = (0..count).map(|_| compare_range(input)).collect::<Result<_, _>>()?;
-    Ok(Welcome { tip, staged, consistent, diverged, age_bound_ms, compare, clock: input.wall_time()? })
+    let clock = input.wall_time()?;
+    Ok(Welcome { tip, staged, consistent, diverged, relinquished, age_bound_ms, compare, clock })
 }
 
 fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
@@ -454,12 +486,17 @@ fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
     out.u64(refuse.epoch.0);
     out.raw(&refuse.origin.to_bytes());
     out.position(&refuse.fork);
-    let mut text = refuse.text.as_str();
+    out.counted(cut_short(&refuse.text).as_bytes());
+}
+
+/// The text, or as much of it as a message may carry.
+fn cut_short(text: &str) -> &str {
+    let mut text = text;
     while text.len() > TEXT_BYTES_MAX {
         let shorter = text.char_indices().next_back().map_or(0, |(index, _)| index);
         text = text.get(..shorter).unwrap_or("");
     }
-    out.counted(text.as_bytes());
+    text
 }
 
 fn decode_refuse(input: &mut Reader<'_>) -> Result<Refuse, CodecError> {
@@ -571,6 +608,7 @@ mod tests {
                 staged: Some((4, tip)),
                 consistent: true,
                 diverged: true,
+                relinquished: false,
                 age_bound_ms: Some(10),
                 compare: vec![CompareRange { volume: VolumeIndex(0), range }],
                 clock: WallTime(77),
@@ -588,6 +626,9 @@ mod tests {
             Message::HashRequest(HashRequest { id: 1, volume: VolumeIndex(3), range }),
             Message::HashReply(HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
             Message::Orphans { bytes: ByteCount(8192), waiting: true },
+            Message::SwitchAsk,
+            Message::SwitchReady { trouble: "locked".into() },
+            Message::Relinquish { tip },
             Message::CreateMirror(CreateMirror {
                 mirror: MirrorId::from_bytes([2; 16]),
                 name: "m".into(),
@@ -626,7 +667,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..17, at in 0_usize..400, value: u8) {
+        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..20, at in 0_usize..400, value: u8) {
             let mut bytes = samples()[index].encode().to_vec();
             let at = at % bytes.len();
             bytes[at] = value;

@@ -26,6 +26,8 @@ mod oracle;
 mod perform;
 mod plan;
 mod site;
+#[cfg(test)]
+mod switching;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -58,6 +60,8 @@ pub struct Statistics {
     pub boots: u64,
     /// Promotions.
     pub promotions: u64,
+    /// Roles that a planned switch moved.
+    pub switches: u64,
     /// Cuts of resync passes.
     pub staged: u64,
     /// Images that were checked against the oracle.
@@ -72,6 +76,7 @@ impl Statistics {
         self.cuts += other.cuts;
         self.boots += other.boots;
         self.promotions += other.promotions;
+        self.switches += other.switches;
         self.staged += other.staged;
         self.images += other.images;
     }
