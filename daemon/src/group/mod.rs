@@ -9,6 +9,7 @@
 mod apply;
 mod effect;
 mod link;
+mod overload;
 mod primary;
 mod resync;
 mod roles;
@@ -30,12 +31,15 @@ use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
+pub use control::Overload;
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
+pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 
 use apply::ApplyItem;
 use effect::{Outbox, Purpose};
 use link::LinkNews;
+use overload::Watch;
 use primary::Primary;
 use roles::{StateChange, Transition};
 use secondary::{Secondary, TargetNews};
@@ -72,6 +76,8 @@ pub struct MirrorSettings {
     pub intent_budget_regions: u64,
     /// A restarted primary opens its exports without having heard its partner after so long.
     pub start_grace: Duration,
+    /// What an operator may change.
+    pub policy: MirrorPolicy,
 }
 
 /// What a clean stop left behind.
@@ -155,6 +161,7 @@ struct Mirror {
     retry_change_at: Option<Monotonic>,
     /// A restarted primary waits for its partner until then.
     grace_until: Option<Monotonic>,
+    watch: Watch,
 }
 
 struct VolumeSlot {
@@ -256,6 +263,7 @@ impl Group {
             changing: None,
             retry_change_at: None,
             grace_until: grace_until.filter(|_| primary),
+            watch: Watch::default(),
             settings,
             state,
         };
@@ -303,6 +311,7 @@ impl Group {
             slot.config.mirrored = false;
             slot.volume.set_mirrored(false);
         }
+        self.relieve(now);
         self.present(now);
     }
 
@@ -568,6 +577,7 @@ impl Group {
         self.write_stored_intents();
         self.end_grace();
         self.transition_turn();
+        self.watch();
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
@@ -606,7 +616,9 @@ impl Group {
                 Machine::Secondary(secondary) => secondary.applying.poll_timeout(),
                 Machine::Changing(change) => change.poll_timeout(),
             };
-            [machine, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
+            [machine, mirror.grace_until, mirror.retry_change_at, mirror.watch.poll_timeout()]
+                .into_iter()
+                .flatten()
         });
         volumes.chain(mirror).min()
     }

@@ -102,6 +102,8 @@ pub struct Settings {
     pub intent_budget: ByteCount,
     /// How long a restarted primary waits for its partner before it opens its exports.
     pub start_grace: Duration,
+    /// How long hosts' writes wait under `--overload stop` before they are refused.
+    pub overload_hold: Duration,
     /// The RPO budget of a mirror created without one.
     pub rpo_seconds: NonZeroU32,
 }
@@ -227,6 +229,7 @@ impl Settings {
             intent_region: bytes(file.intent_region_bytes, MIB),
             intent_budget: bytes(file.intent_budget_bytes, 256 << 30),
             start_grace: Duration::from_secs(file.start_grace_seconds.unwrap_or(30)),
+            overload_hold: Duration::from_secs(file.overload_hold_seconds.unwrap_or(10)),
             rpo_seconds: file.rpo_seconds.unwrap_or(RPO_SECONDS_DEFAULT),
             data_dir,
         };
@@ -290,6 +293,7 @@ impl Settings {
         between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
         between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 65_536)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
+        between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
         between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;
         if !self.intent_region.0.is_power_of_two() {

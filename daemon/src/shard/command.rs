@@ -15,8 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::tls::TlsSession;
 use crate::group::{
-    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorSettings, MirrorSnapshot, OpenedMirror,
-    VerbRefused, VolumeSnapshot,
+    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings, MirrorSnapshot,
+    OpenedMirror, VerbRefused, VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -99,6 +99,8 @@ pub enum Verb {
     Loss,
     /// Promote this side.
     Failover,
+    /// Do from now on what an operator wants of the mirror.
+    Policy(MirrorPolicy),
 }
 
 /// A group as operators see it.

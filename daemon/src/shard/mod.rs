@@ -456,6 +456,7 @@ impl Shard {
                 Verb::Start { local } => served.group.start(local).map(|()| None),
                 Verb::Loss => served.group.loss().map(Some),
                 Verb::Failover => served.group.failover().map(Some),
+                Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
             };
             let _ = done.send(result);
         });

@@ -15,6 +15,7 @@ mod hosts;
 mod mirrors;
 mod operations;
 mod partners;
+mod policy;
 mod views;
 mod volumes;
 
