@@ -203,6 +203,8 @@ pub(crate) enum MirrorCommand {
         /// The mirror's name.
         name: VolumeName,
     },
+    /// Change what the mirror is to do, at this site, while it runs.
+    Set(MirrorSetArguments),
     /// Stop copying; the partner keeps its image.
     Stop {
         /// The mirror's name.
@@ -266,6 +268,19 @@ pub(crate) struct MirrorCreateArguments {
     /// What gives way when the partner cannot keep up.
     #[arg(long, value_enum, default_value_t = OverloadWord::Bitmap)]
     pub(crate) overload: OverloadWord,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MirrorSetArguments {
+    /// The mirror's name.
+    pub(crate) name: VolumeName,
+    /// The RPO budget, in whole seconds, as in 15m.
+    #[arg(long, value_parser = whole_seconds)]
+    pub(crate) rpo: Option<NonZeroU32>,
+    /// What gives way when the partner cannot keep up: bitmap nothing of the hosts', pace at most 10 % of their limits,
+    /// stop their writes.
+    #[arg(long, value_enum)]
+    pub(crate) overload: Option<OverloadWord>,
 }
 
 /// What `mirror wait` waits for.

@@ -7,15 +7,15 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
-    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorStart, PartnerAdd, VolumeCreate,
-    VolumeResize, VolumeView,
+    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart, PartnerAdd,
+    VolumeCreate, VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::arguments::{
-    Arguments, CertificateCommand, Command, MirrorCommand, MirrorCreateArguments, PartnerCommand,
-    VolumeCommand, VolumeCreateArguments,
+    Arguments, CertificateCommand, Command, MirrorCommand, MirrorCreateArguments, MirrorSetArguments,
+    PartnerCommand, VolumeCommand, VolumeCreateArguments,
 };
 use crate::client::Client;
 use crate::output;
@@ -130,6 +130,10 @@ impl Session {
             }
             MirrorCommand::List => self.ask(&Call::mirror_list(), |list| views::mirrors(list)).await,
             MirrorCommand::Show { name } => self.ask(&Call::mirror_show(&name), views::mirror).await,
+            MirrorCommand::Set(arguments) => {
+                let name = arguments.name.clone();
+                self.ask(&Call::mirror_set(&name, mirror_set(&arguments)), views::mirror).await
+            }
             MirrorCommand::Stop { name } => self.ask(&Call::mirror_stop(&name), views::mirror).await,
             MirrorCommand::Start { name, primary } => {
                 let start = MirrorStart { primary: primary.map(Into::into) };
@@ -189,6 +193,10 @@ fn mirror_create(arguments: MirrorCreateArguments) -> MirrorCreate {
         rpo_seconds: arguments.rpo,
         overload: arguments.overload.into(),
     }
+}
+
+fn mirror_set(arguments: &MirrorSetArguments) -> MirrorSet {
+    MirrorSet { rpo_seconds: arguments.rpo, overload: arguments.overload.map(Into::into) }
 }
 
 /// The certificate file's text, if it can be one.

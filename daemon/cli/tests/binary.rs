@@ -97,6 +97,7 @@ fn mirror(state: MirrorState) -> MirrorView {
         resync: None,
         orphaned_bytes: 0,
         overload: Overload::Bitmap,
+        pressure: control::PressureView::default(),
         memory: control::MirrorMemory::default(),
         volumes: vec!["a".parse().unwrap()],
         partner: "az2".parse().unwrap(),

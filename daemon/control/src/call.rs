@@ -8,9 +8,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd,
-    PartnerView, Problem, StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize,
-    VolumeView,
+    CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView,
+    PartnerAdd, PartnerView, Problem, StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate,
+    VolumeResize, VolumeView,
 };
 
 /// The HTTP methods of the API.
@@ -172,6 +172,11 @@ impl Call<MirrorView> {
     /// One mirror.
     pub fn mirror_show(name: &VolumeName) -> Self {
         Self::bare(Method::Get, format!("/v1/mirrors/{name}"))
+    }
+
+    /// Changes what a mirror is to do while it runs.
+    pub fn mirror_set(name: &VolumeName, set: MirrorSet) -> Self {
+        Self::post(format!("/v1/mirrors/{name}/set"), &set)
     }
 
     /// Stops a mirror.

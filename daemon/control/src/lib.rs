@@ -10,6 +10,7 @@ mod access_order;
 mod call;
 mod mirror;
 mod partner;
+mod policy;
 mod problem;
 mod status;
 mod time;
@@ -26,6 +27,7 @@ pub use mirror::{
     MirrorState, MirrorView, Overload, RecoveryPoint, ResyncView, Role, Side, UnknownState,
 };
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
+pub use policy::{HostWrites, MirrorSet, PressureView};
 pub use problem::{Problem, ProblemKind};
 pub use status::{Counts, StatusView};
 pub use time::{Timestamp, TimestampError};

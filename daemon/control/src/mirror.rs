@@ -7,7 +7,7 @@ use std::str::FromStr;
 use block::{Position, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use crate::Timestamp;
+use crate::{PressureView, Timestamp};
 
 /// Gives an enum its words, the same in JSON, on the command line and in tables.
 macro_rules! words {
@@ -52,9 +52,9 @@ pub enum Overload {
     /// The recovery point: writes fold into the dirty map and hosts notice nothing.
     #[default]
     Bitmap,
-    /// The hosts' limit, by at most 10 %.
+    /// The hosts' limits, by at most 10 %.
     Pace,
-    /// The mirror: it stops.
+    /// The hosts' writes: they wait, and are refused when that takes too long.
     Stop,
 }
 
@@ -278,6 +278,9 @@ pub struct MirrorView {
     pub orphaned_bytes: u64,
     /// The policy on overload.
     pub overload: Overload,
+    /// What the RPO alert and that policy do now: `rpo_alert_percent`, `limit_lowered_percent`, `host_writes`.
+    #[serde(flatten)]
+    pub pressure: PressureView,
     /// What it holds in memory.
     pub memory: MirrorMemory,
     /// The volumes, in the order of their index.

@@ -4,8 +4,9 @@ use std::future::Future;
 
 use block::VolumeName;
 use control::{
-    CertificateView, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView, Problem,
-    ProblemKind, StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
+    CertificateView, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView, PartnerAdd,
+    PartnerView, Problem, ProblemKind, StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate,
+    VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -78,6 +79,12 @@ pub trait Operations: Send + Sync + 'static {
     fn mirror_list(&self) -> impl Future<Output = Outcome<Vec<MirrorView>>> + Send;
     /// One mirror.
     fn mirror_show(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Changes what a mirror is to do while it runs; something is to change.
+    fn mirror_set(
+        &self,
+        name: VolumeName,
+        set: MirrorSet,
+    ) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Stops a mirror.
     fn mirror_stop(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Starts a mirror.

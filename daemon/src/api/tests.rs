@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use block::{ByteCount, Position, SiteId, VolumeId, VolumeName};
 use control::{
     Cache, Call, CallError, CertificateView, Counts, FailoverRequest, FailoverResult, MirrorCreate,
-    MirrorMode, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
+    MirrorMode, MirrorSet, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
     RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeAccessView,
     VolumeCreate, VolumeResize, VolumeState, VolumeView,
 };
@@ -87,6 +87,7 @@ fn mirror(name: VolumeName) -> MirrorView {
         resync: None,
         orphaned_bytes: 0,
         overload: Overload::Bitmap,
+        pressure: control::PressureView::default(),
         memory: control::MirrorMemory::default(),
         volumes: vec![],
         partner: "p".parse().unwrap(),
@@ -179,6 +180,11 @@ impl Operations for Fake {
 
     async fn mirror_show(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
         self.note("mirror show", Some(&name))?;
+        Ok(mirror(name))
+    }
+
+    async fn mirror_set(&self, name: VolumeName, set: MirrorSet) -> Result<MirrorView, OperationError> {
+        self.note(format!("mirror set {:?}", set.overload), Some(&name))?;
         Ok(mirror(name))
     }
 
@@ -334,6 +340,8 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     api.send(Call::mirror_create(&mirror_create(MirrorMode::Async, &["a", "b"]))).await.unwrap();
     api.send(Call::mirror_list()).await.unwrap();
     assert_eq!(api.send(Call::mirror_show(&name("m"))).await.unwrap(), mirror(name("m")));
+    let set = MirrorSet { overload: Some(Overload::Pace), ..MirrorSet::default() };
+    api.send(Call::mirror_set(&name("m"), set)).await.unwrap();
     api.send(Call::mirror_stop(&name("m"))).await.unwrap();
     let start = MirrorStart { primary: Some(Side::Local) };
     api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
@@ -345,7 +353,8 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     let expected = "volume create a, volume list, volume show a, volume resize to 2097152 a, volume access a, \
                     volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
-                    mirror stop m, mirror start Some(Local) m, mirror switch m, mirror failover m, mirror delete m, status";
+                    mirror set Some(Pace) m, mirror stop m, mirror start Some(Local) m, mirror switch m, \
+                    mirror failover m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);
 }
 

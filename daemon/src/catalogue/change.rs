@@ -235,19 +235,36 @@ impl Catalogue {
             group,
             ..old.clone()
         };
-        let mut notices = Vec::new();
-        for (index, volume) in state.content.members(&new.volumes).enumerate() {
-            let part = state.content.part(&new, index, true);
-            if let Err(error) = self.write_header(&state.content, volume, Life::Live, part) {
-                notices.push(Notice::HeaderNotWritten {
-                    volume: volume.name.clone(),
-                    reason: error.to_string(),
-                });
-            }
-        }
+        let notices = self.write_group_headers(&state.content, &new);
         self.apply(&[Change::Mirror(&new)])?;
         state.content.mirrors.insert(id, new);
         Ok(notices)
+    }
+
+    /// Changes what an operator wants of a mirror: its RPO budget and its policies. Identity, volumes and state of the
+    /// group stay as they are here, whatever `wanted` says. A header that cannot be written is no reason to refuse: it may
+    /// be on the very disk for whose sake a policy is changed.
+    ///
+    /// # Errors
+    /// The mirror does not exist, or the catalogue cannot be written: then nothing changes, though a crash now may bring
+    /// up the change.
+    pub fn update_policy(
+        &self,
+        wanted: &MirrorRecord,
+    ) -> Result<(MirrorRecord, Vec<Notice>), CatalogueError> {
+        let mut state = self.state();
+        let old = state.content.mirrors.get(&wanted.id);
+        let old = old.ok_or_else(|| CatalogueError::unknown_mirror(wanted.id))?;
+        let new = MirrorRecord {
+            rpo_seconds: wanted.rpo_seconds,
+            overload: wanted.overload,
+            revision: old.revision.saturating_add(1),
+            ..old.clone()
+        };
+        let notices = self.write_group_headers(&state.content, &new);
+        self.apply(&[Change::Mirror(&new)])?;
+        state.content.mirrors.insert(new.id, new.clone());
+        Ok((new, notices))
     }
 
     /// Deletes a mirror; its volumes stay.
@@ -297,6 +314,21 @@ impl Catalogue {
             self.write_header(content, volume, Life::Live, part)?;
         }
         Ok(())
+    }
+
+    /// Writes a mirror's new record to its volumes' headers, as far as they can be written.
+    fn write_group_headers(&self, content: &Content, mirror: &MirrorRecord) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        for (index, volume) in content.members(&mirror.volumes).enumerate() {
+            let part = content.part(mirror, index, true);
+            if let Err(error) = self.write_header(content, volume, Life::Live, part) {
+                notices.push(Notice::HeaderNotWritten {
+                    volume: volume.name.clone(),
+                    reason: error.to_string(),
+                });
+            }
+        }
+        notices
     }
 
     /// Writes the headers of volumes that are in no mirror.

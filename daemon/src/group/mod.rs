@@ -9,6 +9,7 @@
 mod apply;
 mod effect;
 mod link;
+mod overload;
 mod primary;
 mod resync;
 mod roles;
@@ -31,13 +32,16 @@ use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
+pub use control::Overload;
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
+pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
 pub use switch::SwitchProgress;
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 
 use apply::ApplyItem;
 use effect::{Outbox, Purpose};
 use link::LinkNews;
+use overload::Watch;
 use primary::Primary;
 use roles::{StateChange, Transition};
 use secondary::{Secondary, TargetNews};
@@ -75,6 +79,8 @@ pub struct MirrorSettings {
     pub intent_budget_regions: u64,
     /// A restarted primary opens its exports without having heard its partner after so long.
     pub start_grace: Duration,
+    /// What an operator may change.
+    pub policy: MirrorPolicy,
 }
 
 /// What a clean stop left behind.
@@ -159,6 +165,7 @@ struct Mirror {
     /// A restarted primary waits for its partner until then.
     grace_until: Option<Monotonic>,
     planned: PlannedSwitch,
+    watch: Watch,
 }
 
 struct VolumeSlot {
@@ -261,6 +268,7 @@ impl Group {
             retry_change_at: None,
             grace_until: grace_until.filter(|_| primary),
             planned: PlannedSwitch::default(),
+            watch: Watch::default(),
             settings,
             state,
         };
@@ -316,6 +324,7 @@ impl Group {
             slot.config.mirrored = false;
             slot.volume.set_mirrored(false);
         }
+        self.relieve(now);
         self.present(now);
     }
 
@@ -586,6 +595,7 @@ impl Group {
         self.end_grace();
         self.transition_turn();
         self.switch_turn();
+        self.watch();
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
@@ -626,7 +636,8 @@ impl Group {
                 Machine::Changing(change) => change.poll_timeout(),
             };
             let planned = mirror.planned.poll_timeout(mirror.is_changing());
-            [machine, planned, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
+            let watch = mirror.watch.poll_timeout();
+            [machine, planned, watch, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
         });
         volumes.chain(mirror).min()
     }

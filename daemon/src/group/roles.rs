@@ -248,6 +248,9 @@ impl Group {
         self.sealed.clear();
         self.presented = true;
         self.withdrawn_because.clear();
+        if let Some(mirror) = &mut self.mirror {
+            mirror.watch.volumes_replaced();
+        }
         self.out.push(Effect::Present);
     }
 

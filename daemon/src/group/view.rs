@@ -8,7 +8,7 @@ use protocol::{JournalTier, MirrorState, Role};
 
 use super::primary::{Gate, Link, Primary};
 use super::secondary::Secondary;
-use super::{Group, Machine};
+use super::{Group, Machine, Pressure};
 
 /// What a forced failover loses.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,6 +69,8 @@ pub struct MirrorSnapshot {
     pub needs_start: bool,
     /// Payload bytes held in memory for the mirror.
     pub memory: ByteCount,
+    /// How far behind the target is, and what is done about it.
+    pub pressure: Pressure,
 }
 
 /// A volume's counters as the group knows them.
@@ -125,10 +127,11 @@ impl Group {
                 bad: ByteCount(0),
                 needs_start: false,
                 memory: ByteCount(0),
+                pressure: Pressure::default(),
             },
         };
-        let offered = mirror.offered_reason();
-        Some(MirrorSnapshot { reason: offered.or(snapshot.reason), ..snapshot })
+        let reason = mirror.offered_reason().or(snapshot.reason);
+        Some(MirrorSnapshot { reason, pressure: mirror.watch.pressure(), ..snapshot })
     }
 
     /// The sequence of a host's write that is on its way home.
@@ -206,6 +209,7 @@ impl Primary {
             needs_start: self.gate == Gate::Approval
                 || matches!(self.link, Link::Halted { .. } | Link::Stopped),
             memory: ByteCount(self.ring.bytes()),
+            pressure: Pressure::default(),
         }
     }
 }
@@ -256,6 +260,7 @@ impl Secondary {
             bad: ByteCount(0),
             needs_start: waiting,
             memory: ByteCount(self.queue.iter().map(|item| item.placement.length).sum::<u64>().min(64 << 20)),
+            pressure: Pressure::default(),
         }
     }
 }

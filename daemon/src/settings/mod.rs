@@ -103,6 +103,8 @@ pub struct Settings {
     pub intent_budget: ByteCount,
     /// How long a restarted primary waits for its partner before it opens its exports.
     pub start_grace: Duration,
+    /// How long hosts' writes wait under `--overload stop` before they are refused.
+    pub overload_hold: Duration,
     /// The RPO budget of a mirror created without one.
     pub rpo_seconds: NonZeroU32,
 }
@@ -228,6 +230,7 @@ impl Settings {
             intent_region: bytes(file.intent_region_bytes, MIB),
             intent_budget: bytes(file.intent_budget_bytes, 256 << 30),
             start_grace: Duration::from_secs(file.start_grace_seconds.unwrap_or(30)),
+            overload_hold: Duration::from_secs(file.overload_hold_seconds.unwrap_or(10)),
             rpo_seconds: file.rpo_seconds.unwrap_or(RPO_SECONDS_DEFAULT),
             data_dir,
         };
@@ -296,6 +299,7 @@ impl Settings {
         // All may be of one shard, whose request numbers have 24 bits.
         between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 16_384)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
+        between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
         between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;
         if !self.intent_region.0.is_power_of_two() {

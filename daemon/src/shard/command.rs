@@ -15,8 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::tls::TlsSession;
 use crate::group::{
-    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorSettings, MirrorSnapshot, OpenedMirror,
-    SwitchProgress, VerbRefused, VolumeSnapshot,
+    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings, MirrorSnapshot,
+    OpenedMirror, SwitchProgress, VerbRefused, VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -101,6 +101,8 @@ pub enum Verb {
     Failover,
     /// Give the role to the partner.
     Switch,
+    /// Do from now on what an operator wants of the mirror.
+    Policy(MirrorPolicy),
 }
 
 /// A group as operators see it.

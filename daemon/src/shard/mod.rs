@@ -460,6 +460,7 @@ impl Shard {
                 Verb::Loss => served.group.loss().map(Some),
                 Verb::Failover => served.group.failover().map(Some),
                 Verb::Switch => served.group.switch().map(|()| None),
+                Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
             };
             let _ = done.send(result);
         });

@@ -94,13 +94,6 @@ impl Site {
             );
             problem(ProblemKind::NotFound, detail)
         })?;
-        if create.overload != Overload::Bitmap {
-            let detail = format!(
-                "mirror '{name}' cannot have the policy '{}': this version has --overload bitmap only",
-                create.overload
-            );
-            return Err(problem(ProblemKind::Refused, detail));
-        }
         if self.catalogue().mirror(name).is_some() {
             let detail = format!("mirror '{name}' exists already: choose another name or delete it first");
             return Err(problem(ProblemKind::Conflict, detail));
@@ -191,7 +184,7 @@ impl Site {
             Ok(made)
         });
         let MirrorFiles { intents, redo, opened, .. } = made.await.map_err(internal)??;
-        let settings = self.mirror_settings(mirror.id, &volumes);
+        let settings = self.mirror_settings(mirror, &volumes);
         let start = MirroredStart { settings, state, opened, redo };
         match keys.as_slice() {
             [key] => {
@@ -359,6 +352,7 @@ impl Site {
             partner: partner.clone(),
             mode: MirrorMode::Async,
             rpo_seconds: rpo.unwrap_or(self.settings.rpo_seconds),
+            // Policies that touch hosts are a site's own: an operator sets them where hosts are.
             overload: Overload::default(),
             volumes: volumes.iter().map(|volume| volume.id).collect(),
             group: group_record(&state),
@@ -375,7 +369,7 @@ impl Site {
             let name = volume.name.to_string();
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: Some(intent), cipher: None });
         }
-        let settings = self.mirror_settings(mirror.id, volumes);
+        let settings = self.mirror_settings(&mirror, volumes);
         let start = MirroredStart { settings, state, opened: made.opened, redo: made.redo };
         self.add_mirrored(&mirror, volumes, volume_files, start);
         Ok(())

@@ -16,6 +16,7 @@ mod hosts;
 mod mirrors;
 mod operations;
 mod partners;
+mod policy;
 mod switch;
 mod views;
 mod volumes;

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use block::VolumeName;
 use control::{
-    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView,
-    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccessChange, VolumeAccessView,
-    VolumeCreate, VolumeResize, VolumeView,
+    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView, PartnerAdd,
+    PartnerView, ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccessChange,
+    VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -41,7 +41,7 @@ impl Site {
         })
     }
 
-    fn known_mirror(&self, name: &VolumeName) -> Outcome<(MirrorRecord, GroupKey)> {
+    pub(super) fn known_mirror(&self, name: &VolumeName) -> Outcome<(MirrorRecord, GroupKey)> {
         let mirror = self.catalogue().mirror(name).ok_or_else(|| {
             problem(
                 ProblemKind::NotFound,
@@ -238,6 +238,11 @@ impl Operations for Operator {
     async fn mirror_show(&self, name: VolumeName) -> Outcome<MirrorView> {
         let (mirror, _) = self.known_mirror(&name)?;
         self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_set(&self, name: VolumeName, set: MirrorSet) -> Outcome<MirrorView> {
+        let _changing = self.changes.lock().await;
+        self.set_mirror_policy(&name, set).await
     }
 
     async fn mirror_stop(&self, name: VolumeName) -> Outcome<MirrorView> {

@@ -123,14 +123,10 @@ impl Site {
         self.shard_of(key).send(ShardCommand::Add { key, files, start });
     }
 
-    pub(super) fn mirror_settings(
-        &self,
-        mirror: block::MirrorId,
-        volumes: &[VolumeRecord],
-    ) -> MirrorSettings {
+    pub(super) fn mirror_settings(&self, mirror: &MirrorRecord, volumes: &[VolumeRecord]) -> MirrorSettings {
         let settings = &self.settings;
         MirrorSettings {
-            mirror,
+            mirror: mirror.id,
             site: self.catalogue().site(),
             volumes: volumes.iter().map(|volume| self.group_volume(volume)).collect(),
             ring: journal::RingBudget {
@@ -143,6 +139,7 @@ impl Site {
             region_bytes: settings.intent_region.0,
             intent_budget_regions: settings.intent_budget.0 / settings.intent_region.0,
             start_grace: settings.start_grace,
+            policy: self.mirror_policy(mirror),
         }
     }
 
@@ -183,7 +180,7 @@ impl Site {
         let (redo, recovered, checkpoint) = files::open_redo(&folder, mirror.id)?;
         let clean = clean::take(&folder, mirror.id, &state, &self.sizes(mirror))?.filter(|_| !mirror.rebuilt);
         let opened = files::opened(intents, clean, recovered, checkpoint);
-        let settings = self.mirror_settings(mirror.id, &volumes);
+        let settings = self.mirror_settings(mirror, &volumes);
         let start = MirroredStart { settings, state, opened, redo };
         self.add_mirrored(mirror, &volumes, volume_files, start);
         Ok(())

@@ -268,13 +268,7 @@ impl Message {
             Self::Hello(hello) => encode_hello(&mut out, hello),
             Self::Welcome(welcome) => encode_welcome(&mut out, welcome),
             Self::Refuse(refuse) => encode_refuse(&mut out, refuse),
-            Self::Ack(ack) => {
-                out.u8(ACK);
-                out.tip(&ack.tip);
-                out.bool(ack.staged);
-                out.u64(ack.applied.0);
-                out.u64(ack.clock.0);
-            }
+            Self::Ack(ack) => encode_ack(&mut out, ack),
             Self::AbortPass { pass } => {
                 out.u8(ABORT_PASS);
                 out.u64(*pass);
@@ -289,12 +283,7 @@ impl Message {
                 out.u64(request.id);
                 range(&mut out, request.volume, request.range);
             }
-            Self::HashReply(reply) => {
-                out.u8(HASH_REPLY);
-                out.u64(reply.id);
-                out.count(reply.hashes.len());
-                reply.hashes.iter().for_each(|hash| out.raw(hash));
-            }
+            Self::HashReply(reply) => encode_hash_reply(&mut out, reply),
             Self::Orphans { bytes, waiting } => {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
@@ -478,6 +467,21 @@ fn decode_welcome(input: &mut Reader<'_>) -> Result<Welcome, CodecError> {
     let compare = (0..count).map(|_| compare_range(input)).collect::<Result<_, _>>()?;
     let clock = input.wall_time()?;
     Ok(Welcome { tip, staged, consistent, diverged, relinquished, age_bound_ms, compare, clock })
+}
+
+fn encode_ack(out: &mut Writer, ack: &Ack) {
+    out.u8(ACK);
+    out.tip(&ack.tip);
+    out.bool(ack.staged);
+    out.u64(ack.applied.0);
+    out.u64(ack.clock.0);
+}
+
+fn encode_hash_reply(out: &mut Writer, reply: &HashReply) {
+    out.u8(HASH_REPLY);
+    out.u64(reply.id);
+    out.count(reply.hashes.len());
+    reply.hashes.iter().for_each(|hash| out.raw(hash));
 }
 
 fn encode_refuse(out: &mut Writer, refuse: &Refuse) {

@@ -49,6 +49,8 @@ impl World {
             slowness: 1,
             acked_tip: None,
             lineage: None,
+            policy: plan.policies[site],
+            held_since: None,
             heard_epoch: 0,
             start_given: 0,
             failover: None,

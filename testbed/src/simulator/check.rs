@@ -245,6 +245,7 @@ impl World {
         for site in 0..2 {
             self.check_answers(site);
             self.check_rpo(site);
+            self.check_alert(site);
         }
         match self.random.below(200) {
             0 => self.check_coverage(true),

@@ -125,6 +125,7 @@ impl World {
             Fault::IntentErrors => self.errors(Zone::Intent, 200),
             Fault::StateErrors => self.errors(Zone::State, 400),
             Fault::DamageCuts => self.errors(Zone::Cut, 60),
+            Fault::SetPolicy => self.order_policy(),
         }
     }
 

@@ -25,6 +25,7 @@ mod network;
 mod oracle;
 mod perform;
 mod plan;
+mod pressure;
 mod site;
 #[cfg(test)]
 mod switching;

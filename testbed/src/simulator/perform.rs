@@ -367,6 +367,7 @@ impl World {
         if result.is_err() || !known.command.changes_content() {
             return;
         }
+        self.check_not_held(site, &known);
         let at = self.now;
         for (lineage, sequence, _) in known.writes {
             self.oracle.acked[site].push_back(oracle::Acked { lineage, sequence, at });

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use daemon::group::MirrorPolicy;
 use journal::{PAGE_BYTES, RedoConfig, RingBudget};
 
+use super::pressure;
 use crate::harness::Random;
 
 const KIB: u64 = 1024;
@@ -33,10 +35,11 @@ pub(super) enum Fault {
     IntentErrors,
     StateErrors,
     DamageCuts,
+    SetPolicy,
 }
 
 impl Fault {
-    const ALL: [Self; 22] = [
+    const ALL: &[Self] = &[
         Self::KillPrimary,
         Self::KillSecondary,
         Self::PowerPrimary,
@@ -59,6 +62,7 @@ impl Fault {
         Self::IntentErrors,
         Self::StateErrors,
         Self::DamageCuts,
+        Self::SetPolicy,
     ];
 }
 
@@ -87,6 +91,8 @@ pub(super) struct Plan {
     pub(super) iops: Option<u32>,
     /// Blocks that hosts write often.
     pub(super) hot_blocks: u64,
+    /// What operators want at the start, by site.
+    pub(super) policies: [MirrorPolicy; 2],
 }
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -138,6 +144,7 @@ impl Plan {
             skews: [random.below(1000 * SECOND), random.below(1000 * SECOND)],
             iops: random.chance(150).then_some(3000),
             hot_blocks: [8, 32, 1000][random.index(3)],
+            policies: [pressure::draw(random), pressure::draw(random)],
         }
     }
 }

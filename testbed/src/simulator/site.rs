@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use block::{ByteRange, HostCommand, Position, VolumeIndex};
 use bytes::Bytes;
-use daemon::group::{CleanState, Group, IoId};
+use daemon::group::{CleanState, Group, IoId, MirrorPolicy};
 use engine::{CommandId, StepId};
 use protocol::GroupState;
 
@@ -104,6 +104,10 @@ pub(super) struct Site {
     /// As a target: the last position that it acknowledged as committed.
     pub(super) acked_tip: Option<Position>,
     pub(super) lineage: Option<LineageKey>,
+    /// What an operator wants of the mirror here.
+    pub(super) policy: MirrorPolicy,
+    /// Since when hosts' writes are held or refused.
+    pub(super) held_since: Option<u64>,
     /// The highest epoch that its process was told of.
     pub(super) heard_epoch: u64,
     /// An operator's start allowed overwriting the partner's writes in this epoch.

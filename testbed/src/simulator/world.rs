@@ -141,6 +141,7 @@ impl World {
             region_bytes: self.plan.region_bytes,
             intent_budget_regions: self.plan.intent_budget_regions,
             start_grace: self.plan.start_grace,
+            policy: self.sites[site].policy,
         }
     }
 
@@ -232,6 +233,7 @@ impl World {
             }
         }
         self.note_lineage(site);
+        self.check_pressure(site);
         self.stop_when_drained(site);
         let deadline = self.sites[site].group.as_ref().and_then(Group::poll_timeout);
         let Some(deadline) = deadline.filter(|deadline| deadline.0 < u64::MAX) else { return };
