@@ -147,6 +147,8 @@ impl Primary {
             | Message::AbortPass { .. }
             | Message::HashRequest(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }
@@ -471,6 +473,7 @@ impl Primary {
             for volume in &mut self.volumes {
                 volume.next = DirtyMap::default();
                 volume.tracker.verified_all(sequence);
+                volume.own = None;
             }
             self.orphaned = ByteCount(0);
         }

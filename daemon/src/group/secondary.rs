@@ -142,6 +142,10 @@ impl Secondary {
         self.session == Some(session)
     }
 
+    pub(super) const fn session(&self) -> Option<SessionId> {
+        self.session
+    }
+
     pub(super) const fn is_connected(&self) -> bool {
         self.session.is_some()
     }
@@ -247,6 +251,8 @@ impl Secondary {
             | Message::Ack(_)
             | Message::PassRefused { .. }
             | Message::HashReply(_)
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }

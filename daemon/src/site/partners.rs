@@ -180,6 +180,8 @@ impl Site {
             | Message::HashRequest(_)
             | Message::HashReply(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }

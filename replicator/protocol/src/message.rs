@@ -142,6 +142,16 @@ pub struct HashReply {
     pub hashes: Vec<[u8; 32]>,
 }
 
+/// What the new primary's home holds now, for a fenced side that asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrphanReply {
+    /// The request's.
+    pub id: u64,
+    /// In block order: a BLAKE3 hash, and true if hosts may have written the block since the epoch began; empty if the
+    /// range could not be read.
+    pub blocks: Vec<([u8; 32], bool)>,
+}
+
 /// Asks the partner to hold the secondary of a new mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateMirror {
@@ -193,6 +203,10 @@ pub enum Message {
         /// True while an operator's `start` is awaited.
         waiting: bool,
     },
+    /// Fenced side to new primary: what does your home hold here? At most 1 MiB.
+    OrphanRequest(HashRequest),
+    /// New primary to fenced side.
+    OrphanReply(OrphanReply),
     /// Primary to target: can you take the role over?
     SwitchAsk,
     /// Target to primary: the answer.
@@ -248,6 +262,8 @@ const ORPHANS: u8 = 9;
 const SWITCH_ASK: u8 = 10;
 const SWITCH_READY: u8 = 11;
 const RELINQUISH: u8 = 12;
+const ORPHAN_REQUEST: u8 = 13;
+const ORPHAN_REPLY: u8 = 14;
 const CREATE_MIRROR: u8 = 16;
 const CREATED: u8 = 17;
 const DELETE_MIRROR: u8 = 18;
@@ -288,6 +304,20 @@ impl Message {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
                 out.bool(*waiting);
+            }
+            Self::OrphanRequest(request) => {
+                out.u8(ORPHAN_REQUEST);
+                out.u64(request.id);
+                range(&mut out, request.volume, request.range);
+            }
+            Self::OrphanReply(reply) => {
+                out.u8(ORPHAN_REPLY);
+                out.u64(reply.id);
+                out.count(reply.blocks.len());
+                for (hash, changed) in &reply.blocks {
+                    out.raw(hash);
+                    out.bool(*changed);
+                }
             }
             Self::SwitchAsk => out.u8(SWITCH_ASK),
             Self::SwitchReady { trouble } => {
@@ -344,10 +374,14 @@ impl Message {
             }),
             ABORT_PASS => Self::AbortPass { pass: input.u64()? },
             PASS_REFUSED => Self::PassRefused { pass: input.u64()?, missing: ByteCount(input.u64()?) },
-            HASH_REQUEST => {
+            HASH_REQUEST => Self::HashRequest(hash_request(&mut input)?),
+            ORPHAN_REQUEST => Self::OrphanRequest(hash_request(&mut input)?),
+            ORPHAN_REPLY => {
                 let id = input.u64()?;
-                let CompareRange { volume, range } = compare_range(&mut input)?;
-                Self::HashRequest(HashRequest { id, volume, range })
+                let count = input.count("blocks", HASHES_MAX)?;
+                let mut block = || Ok((input.array::<HASH_BYTES>()?, input.bool("changed")?));
+                let blocks = (0..count).map(|_| block()).collect::<Result<_, CodecError>>()?;
+                Self::OrphanReply(OrphanReply { id, blocks })
             }
             HASH_REPLY => {
                 let id = input.u64()?;
@@ -383,6 +417,12 @@ fn range(out: &mut Writer, volume: VolumeIndex, range: ByteRange) {
     out.u16(volume.0);
     out.u64(range.offset());
     out.u64(range.length());
+}
+
+fn hash_request(input: &mut Reader<'_>) -> Result<HashRequest, CodecError> {
+    let id = input.u64()?;
+    let CompareRange { volume, range } = compare_range(input)?;
+    Ok(HashRequest { id, volume, range })
 }
 
 fn compare_range(input: &mut Reader<'_>) -> Result<CompareRange, CodecError> {
@@ -625,6 +665,8 @@ mod tests {
             Message::HashRequest(HashRequest { id: 1, volume: VolumeIndex(3), range }),
             Message::HashReply(HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
             Message::Orphans { bytes: ByteCount(8192), waiting: true },
+            Message::OrphanRequest(HashRequest { id: 2, volume: VolumeIndex(1), range }),
+            Message::OrphanReply(OrphanReply { id: 2, blocks: vec![([1; 32], true), ([2; 32], false)] }),
             Message::SwitchAsk,
             Message::SwitchReady { trouble: "locked".into() },
             Message::Relinquish { tip },

@@ -133,6 +133,8 @@ impl World {
             | Message::HashRequest(_)
             | Message::HashReply(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::CreateMirror(_)
@@ -246,6 +248,7 @@ impl World {
             self.check_answers(site);
             self.check_rpo(site);
             self.check_alert(site);
+            self.check_orphans(site);
         }
         match self.random.below(200) {
             0 => self.check_coverage(true),
