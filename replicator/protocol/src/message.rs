@@ -294,31 +294,15 @@ impl Message {
                 out.u64(*pass);
                 out.u64(missing.0);
             }
-            Self::HashRequest(request) => {
-                out.u8(HASH_REQUEST);
-                out.u64(request.id);
-                range(&mut out, request.volume, request.range);
-            }
+            Self::HashRequest(request) => encode_request(&mut out, HASH_REQUEST, request),
             Self::HashReply(reply) => encode_hash_reply(&mut out, reply),
             Self::Orphans { bytes, waiting } => {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
                 out.bool(*waiting);
             }
-            Self::OrphanRequest(request) => {
-                out.u8(ORPHAN_REQUEST);
-                out.u64(request.id);
-                range(&mut out, request.volume, request.range);
-            }
-            Self::OrphanReply(reply) => {
-                out.u8(ORPHAN_REPLY);
-                out.u64(reply.id);
-                out.count(reply.blocks.len());
-                for (hash, changed) in &reply.blocks {
-                    out.raw(hash);
-                    out.bool(*changed);
-                }
-            }
+            Self::OrphanRequest(request) => encode_request(&mut out, ORPHAN_REQUEST, request),
+            Self::OrphanReply(reply) => encode_orphan_reply(&mut out, reply),
             Self::SwitchAsk => out.u8(SWITCH_ASK),
             Self::SwitchReady { trouble } => {
                 out.u8(SWITCH_READY);
@@ -515,6 +499,23 @@ fn encode_ack(out: &mut Writer, ack: &Ack) {
     out.bool(ack.staged);
     out.u64(ack.applied.0);
     out.u64(ack.clock.0);
+}
+
+/// A request about the blocks of a range.
+fn encode_request(out: &mut Writer, kind: u8, request: &HashRequest) {
+    out.u8(kind);
+    out.u64(request.id);
+    range(out, request.volume, request.range);
+}
+
+fn encode_orphan_reply(out: &mut Writer, reply: &OrphanReply) {
+    out.u8(ORPHAN_REPLY);
+    out.u64(reply.id);
+    out.count(reply.blocks.len());
+    for (hash, changed) in &reply.blocks {
+        out.raw(hash);
+        out.bool(*changed);
+    }
 }
 
 fn encode_hash_reply(out: &mut Writer, reply: &HashReply) {

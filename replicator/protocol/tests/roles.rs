@@ -358,7 +358,13 @@ impl World {
                     ours.forked = ours.state.role == Role::Primary;
                     ours.open |= ours.forked;
                 }
-                other => panic!("a sound hello was refused with {other:?}: {}", refusal.text),
+                RefusalCode::UnknownMirror
+                | RefusalCode::Mismatch
+                | RefusalCode::WrongPartner
+                | RefusalCode::Busy
+                | RefusalCode::Conflict
+                | RefusalCode::NoSpace
+                | RefusalCode::Protocol => panic!("a sound hello was refused: {}", refusal.text),
             },
         }
     }
