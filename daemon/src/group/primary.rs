@@ -47,11 +47,22 @@ pub(super) enum Link {
     /// An operator must act; the text says why and what to do.
     Halted {
         reason: String,
-        /// `start` allows the partner's image to be overwritten; else it only tries again.
-        overwrites: bool,
+        /// What `start` is for.
+        start: HaltedStart,
     },
     /// An operator stopped mirroring.
     Stopped,
+}
+
+/// What an operator's `start` does with a halted link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HaltedStart {
+    /// It tries again.
+    Retries,
+    /// It allows the partner's image to be overwritten.
+    Overwrites,
+    /// Both sides were promoted in this epoch: `start --primary local` makes this side the primary of the next one.
+    Settles,
 }
 
 /// Whether cuts may flow on an open session.
