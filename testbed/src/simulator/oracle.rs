@@ -129,6 +129,15 @@ impl Oracle {
         })
     }
 
+    /// Whether the block ever had this content in an epoch after `epoch`: then a later primary has, or had, it.
+    pub(super) fn had_after(&self, epoch: u64, block: usize, hash: u64) -> bool {
+        let mut later = self.lineages.iter().filter(|(key, _)| key.0 > epoch);
+        later.any(|(_, known)| {
+            let versions = known.versions.get(&block).map_or(&[][..], Vec::as_slice);
+            known.base[block] == hash || versions.iter().any(|version| version.hash == hash)
+        })
+    }
+
     /// Says what the block should be.
     pub(super) fn describe(&self, lineage: LineageKey, block: usize) -> String {
         let Some(lineage) = self.lineages.get(&lineage) else { return "unknown lineage".to_owned() };
