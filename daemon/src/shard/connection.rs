@@ -52,7 +52,6 @@ pub(super) struct Arriving {
 struct Waiting {
     cookie: Cookie,
     command: HostCommand,
-    length: usize,
 }
 
 /// What came of asking for a waiting command's memory.
@@ -190,13 +189,13 @@ impl Shard {
                 Event::NeedMore => break,
                 Event::Request { cookie, command } => {
                     connection.bulky = false;
-                    connection.waiting = Some(Waiting { cookie, command, length: charge(&command) });
+                    connection.waiting = Some(Waiting { cookie, command });
                     self.take_memory(id);
                 }
                 Event::WritePayload { cookie, command, length } => {
                     let length = usize::try_from(length).unwrap_or(usize::MAX);
                     connection.bulky = length >= BULKY_BYTES;
-                    connection.waiting = Some(Waiting { cookie, command, length });
+                    connection.waiting = Some(Waiting { cookie, command });
                     self.take_memory(id);
                 }
                 Event::Served { cookie } => {
@@ -242,7 +241,7 @@ impl Shard {
         let Some(connection) = self.connections.get_mut(id.0).filter(|connection| !connection.closed) else {
             return Taken::Yes;
         };
-        let Some(Waiting { cookie, command, length }) = connection.waiting else {
+        let Some(Waiting { cookie, command }) = connection.waiting else {
             return Taken::Yes;
         };
         let charged = charge(&command);
@@ -258,10 +257,11 @@ impl Shard {
         connection.bytes += charged;
         self.request_bytes += charged;
         connection.waiting = None;
-        if !matches!(command, HostCommand::Write { .. }) {
+        let HostCommand::Write { range, .. } = command else {
             self.submit_command(id, cookie, command, HostPayload::Nothing);
             return Taken::Yes;
-        }
+        };
+        let length = usize::try_from(range.length()).unwrap_or(usize::MAX);
         let mut buffer = self.pool.take_over(length);
         let available = connection.unparsed.len().min(length);
         let start = connection.unparsed.start;
