@@ -403,8 +403,10 @@ impl Volume {
                 return;
             };
             let sound = running.error.is_none();
+            let alone = running.steps_in_flight == 0;
             if sound
                 && running.steps_in_flight < STEPS_IN_FLIGHT_MAX
+                && (alone || !running.splitter.awaits_others())
                 && let Some(task) = running.splitter.next()
             {
                 running.steps_in_flight += 1;

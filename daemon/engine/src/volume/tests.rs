@@ -348,6 +348,31 @@ fn a_huge_trim_has_few_steps_in_flight() {
 }
 
 #[test]
+fn a_fast_zeroing_changes_nothing_where_ranges_cannot_be_zeroed() {
+    for (offset, length) in [(100, 2 * MIB), (0, MIB + 7), (4095, MIB), (4096, MIB)] {
+        let mut shard = Shard::new(volume(SIZE, IopsLimit::Unlimited, false), SIZE);
+        let range = range(offset, length);
+        let command = HostCommand::WriteZeroes { range, fua: true, no_hole: false, fast: true };
+        let mut model = shard.home.clone();
+        for (id, result) in [(0, Err(HostError::NotSupported)), (1, Ok(()))] {
+            shard.submit(id, command);
+            assert!(!shard.pending.is_empty());
+            let whole = |effect: &Effect| matches!(effect, Effect::ZeroRange { .. });
+            assert!(shard.pending.iter().all(whole), "the ends come last: {:?}", shard.pending);
+            while shard.pending.iter().any(whole) {
+                shard.end(0, result);
+            }
+            shard.end_all();
+            if result.is_ok() {
+                apply_to_model(&mut model, id, &command);
+            }
+            assert_eq!(shard.reply(id), Some(result));
+            assert!(shard.home == model, "{range}: {result:?}");
+        }
+    }
+}
+
+#[test]
 fn a_small_trim_does_nothing_and_zero_lengths_are_answered() {
     let mut shard = Shard::new(volume(SIZE, IopsLimit::Unlimited, true), SIZE);
     let commands = [
