@@ -322,10 +322,10 @@ fn a_huge_trim_has_few_steps_in_flight() {
     let mut shard = Shard::new(volume(size, IopsLimit::Unlimited, true), 0);
     shard.volume.submit(Monotonic(0), CommandId(0), trim(5, size - 5, false));
     shard.collect();
-    assert_eq!(shard.pending.len(), STEPS_IN_FLIGHT_MAX);
+    assert_eq!(shard.pending.len(), ZERO_STEPS_IN_FLIGHT_MAX);
     for _ in 0..100 {
         shard.end(0, Ok(()));
-        assert_eq!(shard.volume.steps.len(), STEPS_IN_FLIGHT_MAX);
+        assert_eq!(shard.volume.steps.len(), ZERO_STEPS_IN_FLIGHT_MAX);
         let zero = shard.pending.pop().unwrap();
         let Effect::ZeroRange { step, .. } = zero else { panic!("{zero:?}") };
         shard.volume.zeroed(Monotonic(0), step, Ok(()));
