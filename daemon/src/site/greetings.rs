@@ -1,14 +1,14 @@
 //! The handshakes on their way: bounded, and fair to who is not the cause of the crowd.
 //!
-//! A listener always accepts. When there are as many handshakes as there may be, the oldest one of the origin with the
-//! most of them is dropped: an origin that opens connections and says nothing pushes out its own.
+//! A listener always accepts. When there are as many handshakes as there may be, or descriptors run short, the oldest one
+//! of the origin with the most of them is dropped: an origin that opens connections and says nothing pushes out its own.
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 
 use super::lock;
 
@@ -44,7 +44,7 @@ const CROWD_SHARE: usize = 8;
 struct Running {
     last: u64,
     /// By age.
-    tasks: BTreeMap<u64, (Origin, AbortHandle)>,
+    tasks: BTreeMap<u64, (Origin, JoinHandle<()>)>,
 }
 
 impl Greetings {
@@ -61,7 +61,7 @@ impl Greetings {
     ) {
         let mut running = lock(&self.running);
         if running.tasks.len() >= self.greetings_max {
-            running.drop_one();
+            drop(running.drop_one());
         }
         running.last += 1;
         let number = running.last;
@@ -77,9 +77,22 @@ impl Greetings {
         });
         // It is in the list before it can leave it, unless it was dropped already.
         if !task.is_finished() {
-            lock(&self.running).tasks.insert(number, (origin, task.abort_handle()));
+            lock(&self.running).tasks.insert(number, (origin, task));
         }
         let _ = listed.send(());
+    }
+
+    /// Drops a handshake and waits until its connection is closed; false if there is none.
+    pub(super) async fn drop_oldest(&self) -> bool {
+        let dropped = lock(&self.running).drop_one();
+        match dropped {
+            Some(task) => {
+                // It ends as cancelled, or in order if it was just about to.
+                let _ = task.await;
+                true
+            }
+            None => false,
+        }
     }
 
     #[cfg(test)]
@@ -89,7 +102,7 @@ impl Greetings {
 }
 
 impl Running {
-    fn drop_one(&mut self) {
+    fn drop_one(&mut self) -> Option<JoinHandle<()>> {
         let mut counts = BTreeMap::<Origin, usize>::new();
         for (origin, _) in self.tasks.values() {
             *counts.entry(*origin).or_default() += 1;
@@ -101,10 +114,10 @@ impl Running {
         let oldest =
             self.tasks.iter().find(|(_, (origin, _))| crowded.is_none_or(|crowded| *origin == crowded));
         let oldest = oldest.map(|(age, _)| *age);
-        if let Some((_, task)) = oldest.and_then(|oldest| self.tasks.remove(&oldest)) {
-            tracing::debug!(?crowded, "a handshake is dropped for a newer one");
-            task.abort();
-        }
+        let (_, task) = oldest.and_then(|oldest| self.tasks.remove(&oldest))?;
+        tracing::debug!(?crowded, "a handshake is dropped for a newer one");
+        task.abort();
+        Some(task)
     }
 }
 
@@ -171,6 +184,19 @@ mod tests {
         while greetings.count() > 0 {
             tokio::task::yield_now().await;
         }
+    }
+
+    #[tokio::test]
+    async fn the_oldest_is_gone_when_its_drop_was_waited_for() {
+        let greetings = Greetings::new(4);
+        assert!(!greetings.drop_oldest().await);
+        let ((first, mut first_gone), (second, mut second_gone)) = (idle(), idle());
+        greetings.spawn(Origin::Local, first);
+        greetings.spawn(Origin::Local, second);
+        assert!(greetings.drop_oldest().await);
+        assert!(matches!(first_gone.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+        assert!(matches!(second_gone.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+        assert_eq!(greetings.count(), 1);
     }
 
     #[test]
