@@ -41,6 +41,10 @@ use crate::{CommandId, STEP_BYTES_MAX, StepId};
 /// longest length neither fills the device's queue nor holds more than 8 MiB of sealed data.
 pub const STEPS_IN_FLIGHT_MAX: usize = 8;
 
+/// The same for steps that zero ranges: a file system takes one a file at a time, and those that wait for it each keep a
+/// thread of the kernel from other volumes.
+pub const ZERO_STEPS_IN_FLIGHT_MAX: usize = 2;
+
 /// What a volume is.
 #[derive(Clone, Copy, Debug)]
 pub struct VolumeConfig {
@@ -432,8 +436,12 @@ impl Volume {
                 return;
             };
             let sound = running.error.is_none();
+            let alone = running.steps_in_flight == 0;
+            let most =
+                if running.splitter.zeroes_ranges() { ZERO_STEPS_IN_FLIGHT_MAX } else { STEPS_IN_FLIGHT_MAX };
             if sound
-                && running.steps_in_flight < STEPS_IN_FLIGHT_MAX
+                && running.steps_in_flight < most
+                && (alone || !running.splitter.awaits_others())
                 && let Some(task) = running.splitter.next()
             {
                 running.steps_in_flight += 1;

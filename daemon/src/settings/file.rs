@@ -53,6 +53,8 @@ settings_file! {
     nbd_client_ca_file: PathBuf,
     /// The most established connections of hosts, 1 to 16384. Default 1024.
     nbd_connections_max: NonZeroU32,
+    /// How long a host may hold memory that other hosts wait for without moving bytes, 1 to 86400. Default 30.
+    nbd_stall_seconds: u64,
     /// Where partners connect (UDP): `IP:PORT`. Default `127.0.0.1:10820`.
     replication_listen: SocketAddr,
     /// Where the console and `/metrics` are: `IP:PORT` or `off`. Default `127.0.0.1:10880`.
@@ -133,6 +135,7 @@ impl From<&Settings> for SettingsFile {
             nbd_key_file: settings.nbd_certificate.clone().map(|files| files.key),
             nbd_client_ca_file: settings.nbd_client_ca.clone(),
             nbd_connections_max: Some(settings.nbd_connections_max),
+            nbd_stall_seconds: Some(settings.nbd_stall.as_secs()),
             replication_listen: Some(settings.replication_listen),
             console_listen: Some(settings.console_listen),
             kek_file: Some(settings.kek_file.clone()),

@@ -69,6 +69,8 @@ pub struct Settings {
     pub nbd_client_ca: Option<PathBuf>,
     /// The most established connections of hosts.
     pub nbd_connections_max: NonZeroU32,
+    /// How long a host may hold memory that others wait for without moving bytes.
+    pub nbd_stall: Duration,
     /// Where partners connect (UDP).
     pub replication_listen: SocketAddr,
     /// Where the console and `/metrics` are.
@@ -212,6 +214,7 @@ impl Settings {
             nbd_certificate: certificate(file.nbd_certificate_file, file.nbd_key_file)?,
             nbd_client_ca: file.nbd_client_ca_file.map(|path| absolute(&path)),
             nbd_connections_max: file.nbd_connections_max.unwrap_or(CONNECTIONS_DEFAULT),
+            nbd_stall: Duration::from_secs(file.nbd_stall_seconds.unwrap_or(30)),
             nbd_allow_plain: file.nbd_allow_plain.unwrap_or(false),
             replication_listen: file.replication_listen.unwrap_or_else(|| loopback(10_820)),
             console_listen: file.console_listen.unwrap_or_else(|| ConsoleAddress::Tcp(loopback(10_880))),
@@ -298,6 +301,7 @@ impl Settings {
         between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
         // All may be of one shard, whose request numbers have 24 bits.
         between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 16_384)?;
+        between("nbd_stall_seconds", self.nbd_stall.as_secs(), 1, 86_400)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
         between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;

@@ -56,9 +56,7 @@ impl Shard {
             IoRequest::HomeZero { volume, range, trim } => self.zero_home(key, io, volume, range, trim),
             IoRequest::HomeFlush { volume } => {
                 let target = IoTarget::Done { operation: "flushing a volume" };
-                self.on_home(key, volume, Pending::Io { key, io, target }, |file| Operation::Fdatasync {
-                    file,
-                });
+                self.flush_home(key, volume, Pending::Io { key, io, target });
             }
             IoRequest::IntentWrite { volume, offset, page } => {
                 let served = self.groups.get(&key);

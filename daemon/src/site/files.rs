@@ -102,6 +102,15 @@ pub(super) fn remove_if_there(path: &Path) -> Result<(), FilesError> {
     }
 }
 
+/// Takes a file's name away, durably: its content is of no use any more, and is removed with its folder.
+pub(super) fn set_aside(folder: &Path, name: &str) -> Result<(), FilesError> {
+    let path = folder.join(name);
+    match fs::rename(&path, path.with_extension("void")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(system("rename", &path)(error)),
+        Ok(()) | Err(_) => sync_folder(folder),
+    }
+}
+
 /// A mirror's folder.
 pub(super) fn mirror_folder(data_dir: &Path, mirror: MirrorId) -> PathBuf {
     data_dir.join("mirrors").join(mirror.to_string())

@@ -26,6 +26,8 @@ pub struct SiteOptions {
     pub nbd_unix: bool,
     /// Further flags.
     pub flags: Vec<String>,
+    /// Lines of a settings file, for what has no flag; the file's other lines say what `--dev` does.
+    pub settings: Vec<String>,
 }
 
 /// A site: its directory, its addresses and, while it runs, its daemon.
@@ -67,9 +69,12 @@ impl Site {
     /// If the daemon has not been built.
     pub fn daemon_command(&self) -> Result<Command> {
         let mut command = Command::new(binary("farshored")?);
+        if self.options.settings.is_empty() {
+            command.arg("--dev").arg(&self.directory);
+        } else {
+            command.arg("--config").arg(self.settings_file()?);
+        }
         command
-            .arg("--dev")
-            .arg(&self.directory)
             .args(["--site", &self.name, "--nbd", &self.nbd_argument()])
             .args(["--replication", &self.replication.to_string()])
             .args(["--console", &self.console.to_string()])
@@ -341,6 +346,19 @@ impl Site {
     /// The daemon's log.
     pub const fn log(&self) -> &Log {
         &self.log
+    }
+
+    /// Writes the settings that `--dev` would mean, and those of the test.
+    fn settings_file(&self) -> Result<PathBuf> {
+        let file = self.directory.join("farshored.toml");
+        let (directory, socket) = (self.directory.display(), self.control_socket());
+        let text = format!(
+            "data_dir = '{directory}'\ncontrol_socket = '{}'\nminimum_size_bytes = 1048576\n{}\n",
+            socket.display(),
+            self.options.settings.join("\n")
+        );
+        fs::write(&file, text)?;
+        Ok(file)
     }
 
     fn nbd_socket(&self) -> PathBuf {
