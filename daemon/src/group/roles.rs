@@ -295,9 +295,12 @@ impl Group {
                 let stage = FenceStage::Persisting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage }));
                 self.out.forget(|purpose| match purpose {
-                    Purpose::CopyRead { .. } | Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => {
-                        true
-                    }
+                    Purpose::CopyRead { .. }
+                    | Purpose::CompareRead { .. }
+                    | Purpose::ClearFlush { .. }
+                    | Purpose::SpillWrite { .. }
+                    | Purpose::SpillRead { .. }
+                    | Purpose::SpillSync => true,
                     Purpose::Intent { .. }
                     | Purpose::HashRead { .. }
                     | Purpose::InitialApply
@@ -655,15 +658,16 @@ impl Group {
         match self.mirror.as_mut().map(|mirror| &mut mirror.machine) {
             Some(Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+                primary.keep_journal();
             }
             Some(Machine::Secondary(secondary)) => secondary.halt("the secondary is stopping", &mut self.out),
             Some(Machine::Changing(_)) | None => {}
         }
     }
 
-    /// True if no host command and no copy is in flight.
+    /// True if no host command and no copy is in flight, and a stopping primary has put its journal away.
     pub fn is_drained(&self) -> bool {
-        self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
+        !self.is_keeping() && self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
     }
 
     /// What the next start needs to know of a drained primary; `None` if it must compare instead.

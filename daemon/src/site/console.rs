@@ -107,6 +107,7 @@ async fn refresh(site: &Site) {
         gauge!("farshore_mirror_backlog_bytes", "mirror" => mirror()).set(approximate(view.backlog_bytes));
         gauge!("farshore_mirror_connected", "mirror" => mirror()).set(flag(view.connected));
         gauge!("farshore_mirror_ring_bytes", "mirror" => mirror()).set(approximate(view.memory.ring_bytes));
+        gauge!("farshore_mirror_spill_bytes", "mirror" => mirror()).set(approximate(view.memory.spill_bytes));
         for state in control::MirrorState::ALL {
             gauge!("farshore_mirror_state", "mirror" => mirror(), "state" => state.as_str())
                 .set(flag(*state == view.state));
