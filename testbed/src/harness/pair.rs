@@ -26,7 +26,15 @@ impl Pair {
     /// # Errors
     /// If that fails.
     pub fn start(world: &World) -> Result<Self> {
-        let options = SiteOptions { kek: Some(world.path("kek")), ..SiteOptions::default() };
+        Self::start_with(world, SiteOptions::default())
+    }
+
+    /// As [`Pair::start`], both with these options; the key-encryption key is shared.
+    ///
+    /// # Errors
+    /// If that fails.
+    pub fn start_with(world: &World, options: SiteOptions) -> Result<Self> {
+        let options = SiteOptions { kek: Some(world.path("kek")), ..options };
         let west = world.site("west", options.clone())?;
         let east = world.site("east", options)?;
         let links = [Relay::start(east.replication(), 1)?, Relay::start(west.replication(), 2)?];
