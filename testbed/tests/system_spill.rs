@@ -18,7 +18,8 @@ const RESYNC: &str = "a resync begins";
 fn pair(world: &World) -> Result<Pair> {
     let setting = |key: &str, value: u64| (key.to_owned(), value.to_string());
     let settings = vec![setting("ring_bytes", RING_BYTES), setting("spill_bytes", SPILL_BYTES)];
-    let pair = Pair::start_with(world, SiteOptions { settings, ..SiteOptions::default() })?;
+    let options = SiteOptions { settings, ..SiteOptions::default() };
+    let pair = Pair::start_as(world, [options.clone(), options])?;
     pair.west.run("volume create data --size 256MiB --iops unlimited")?;
     pair.mirror(&["data"])?;
     synchronized(&pair)?;

@@ -243,6 +243,8 @@ pub enum Effect {
     },
     /// Hosts may open the volumes.
     Present,
+    /// Open the volumes' keys; answer with `unlocked`.
+    Unlock,
     /// Hosts must leave and may not come back; the reason is told to those who try.
     Withdraw {
         /// Why.
@@ -296,6 +298,14 @@ pub(super) enum Purpose {
     PersistState,
     /// A step of a role change.
     Transition,
+    /// A flush of home before the role is given up.
+    SwitchFlush { volume: VolumeIndex },
+    /// The checkpoint that names the tip at which the role is given up.
+    SwitchMark,
+    /// A range of a fenced side's home, read to find orphans.
+    OrphanHome { id: u64 },
+    /// The same range of the new primary's home.
+    OrphanRead { session: SessionId, id: u64, volume: VolumeIndex, range: ByteRange },
 }
 
 /// Effects in order, and the purpose of every unanswered request.

@@ -10,11 +10,14 @@ mod apply;
 mod effect;
 mod kept;
 mod link;
+mod orphans;
+mod overload;
 mod primary;
 mod resync;
 mod roles;
 mod secondary;
 mod spill;
+mod switch;
 mod view;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -32,16 +35,23 @@ use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
+pub use control::Overload;
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use kept::KeptJournal;
+pub use orphans::{OrphanExtent, OrphanProgress};
+pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
+pub use switch::SwitchProgress;
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 
 use apply::ApplyItem;
 use effect::{Outbox, Purpose};
 use link::LinkNews;
+use orphans::Orphans;
+use overload::Watch;
 use primary::Primary;
 use roles::{StateChange, Transition};
 use secondary::{Secondary, TargetNews};
+use switch::PlannedSwitch;
 
 /// One volume of a group.
 #[derive(Clone, Debug)]
@@ -77,6 +87,8 @@ pub struct MirrorSettings {
     pub intent_budget_regions: u64,
     /// A restarted primary opens its exports without having heard its partner after so long.
     pub start_grace: Duration,
+    /// What an operator may change.
+    pub policy: MirrorPolicy,
 }
 
 /// What a clean stop left behind.
@@ -162,6 +174,9 @@ struct Mirror {
     retry_change_at: Option<Monotonic>,
     /// A restarted primary waits for its partner until then.
     grace_until: Option<Monotonic>,
+    planned: PlannedSwitch,
+    watch: Watch,
+    orphans: Orphans,
 }
 
 struct VolumeSlot {
@@ -263,6 +278,9 @@ impl Group {
             changing: None,
             retry_change_at: None,
             grace_until: grace_until.filter(|_| primary),
+            planned: PlannedSwitch::default(),
+            watch: Watch::default(),
+            orphans: Orphans::default(),
             settings,
             state,
         };
@@ -286,6 +304,13 @@ impl Group {
             if secondary.tip().position.epoch == mirror.state.epoch {
                 mirror.state.diverged = false;
             }
+            // So did its first commit end what this side gave up.
+            if mirror.state.relinquished.is_some_and(|tip| tip.position != secondary.tip().position) {
+                mirror.state.relinquished = None;
+            }
+            if mirror.state.diverged && mirror.state.relinquished.is_some() {
+                secondary.compare = switch::whole_volumes(&mirror.settings);
+            }
             mirror.state.consistent |= completes;
             mirror.machine = Machine::Secondary(Box::new(secondary));
             mirror.intents = intents;
@@ -300,6 +325,7 @@ impl Group {
             return;
         };
         self.out.forget(kept::is_of_the_spill);
+        mirror.planned.end_offer("the mirror was deleted", &mut self.out);
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
@@ -314,6 +340,7 @@ impl Group {
             slot.config.mirrored = false;
             slot.volume.set_mirrored(false);
         }
+        self.relieve(now);
         self.present(now);
     }
 
@@ -445,7 +472,9 @@ impl Group {
                 volume.0
             ),
         );
-        if let Some(mirror) = &mut self.mirror {
+        self.give_up_switch("a flush failed", false);
+        // Before the role is given up everything was flushed, and nothing was written since.
+        if let Some(mirror) = self.mirror.as_mut().filter(|mirror| !mirror.planned.is_final()) {
             mirror.end_incarnation(volume, self.now, &mut self.out);
         }
     }
@@ -519,7 +548,7 @@ impl Group {
         let now = self.now;
         let data = self.sealed.get(&(volume, step)).cloned();
         match &mut self.mirror {
-            Some(Mirror { machine: Machine::Primary(primary), .. }) => {
+            Some(Mirror { machine: Machine::Primary(primary), planned, .. }) if !planned.is_final() => {
                 primary.admit(volume, step, device, content, data);
                 for (volume, step) in primary.poll_admitted(now, &mut self.out) {
                     self.admitted(volume, step, now);
@@ -563,9 +592,11 @@ impl Group {
                 primary.dial_if_due(now, &mut self.out);
                 primary.compare_more(&mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
-                primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
-                copies = primary.plan_copies();
-                primary.clear_intent(&mirror.settings, now, &mut self.out);
+                if !mirror.planned.has_tip() {
+                    primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
+                    copies = primary.plan_copies();
+                    primary.clear_intent(&mirror.settings, now, &mut self.out);
+                }
                 primary.write_intent(&mut self.out);
             }
             Machine::Secondary(secondary) => {
@@ -580,6 +611,9 @@ impl Group {
         self.write_stored_intents();
         self.end_grace();
         self.transition_turn();
+        self.switch_turn();
+        self.watch();
+        self.orphans_turn();
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
@@ -614,11 +648,14 @@ impl Group {
         let volumes = self.volumes.iter().filter_map(|slot| slot.volume.poll_timeout());
         let mirror = self.mirror.iter().flat_map(|mirror| {
             let machine = match &mirror.machine {
+                Machine::Primary(_) if mirror.planned.has_tip() => None,
                 Machine::Primary(primary) => primary.poll_timeout(),
                 Machine::Secondary(secondary) => secondary.applying.poll_timeout(),
                 Machine::Changing(change) => change.poll_timeout(),
             };
-            [machine, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
+            let planned = mirror.planned.poll_timeout(mirror.is_changing());
+            let watch = mirror.watch.poll_timeout();
+            [machine, planned, watch, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
         });
         volumes.chain(mirror).min()
     }
@@ -633,6 +670,9 @@ impl Group {
 
     /// A session was opened at this side's wish.
     pub fn dialed(&mut self, session: SessionId) {
+        if self.offer_dialed(session) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), settings, state, .. }) => {
                 primary.dialed(session, settings, state, self.now, &mut self.out);
@@ -645,6 +685,7 @@ impl Group {
 
     /// No session could be opened.
     pub fn dial_failed(&mut self, reason: &str) {
+        self.offer_dial_failed(reason);
         if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
             primary.dial_failed(reason, self.now);
         }
@@ -690,6 +731,9 @@ impl Group {
     /// A control frame of an open session.
     pub fn message(&mut self, session: SessionId, message: Message) {
         let now = self.now;
+        if self.switch_message(session, &message) || self.orphan_message(session, &message) {
+            return;
+        }
         let Some(mirror) = &mut self.mirror else { return };
         match &mut mirror.machine {
             Machine::Primary(primary) if primary.is_session(session) => {
@@ -742,6 +786,9 @@ impl Group {
     /// A session ended.
     pub fn session_closed(&mut self, session: SessionId, reason: &str) {
         let now = self.now;
+        if self.offer_closed(session, reason) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), .. }) => {
                 primary.session_closed(session, reason, now, &mut self.out);
@@ -769,6 +816,12 @@ impl Group {
                 self.spill_io(purpose, result)
             }
             Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => self.primary_io(purpose, result),
+            Purpose::SwitchFlush { volume } => self.switch_flushed(volume, result.map(|_| ())),
+            Purpose::SwitchMark => self.switch_marked(result.map(|_| ())),
+            Purpose::OrphanHome { id } => self.orphan_home(id, result),
+            Purpose::OrphanRead { session, id, volume, range } => {
+                self.orphan_read(session, id, volume, range, &result);
+            }
             Purpose::HashRead { .. }
             | Purpose::InitialApply
             | Purpose::InitialFlush
@@ -838,7 +891,11 @@ impl Group {
             | Purpose::SpillRead { .. }
             | Purpose::SpillSync
             | Purpose::PersistState
-            | Purpose::Transition => secondary.batch_done(ok, &mut self.out),
+            | Purpose::Transition
+            | Purpose::SwitchFlush { .. }
+            | Purpose::SwitchMark
+            | Purpose::OrphanHome { .. }
+            | Purpose::OrphanRead { .. } => secondary.batch_done(ok, &mut self.out),
         }
     }
 

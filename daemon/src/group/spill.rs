@@ -179,6 +179,17 @@ impl Spill {
         self.behind.bytes + self.coming.bytes
     }
 
+    /// The records behind the ring that are in memory.
+    pub(super) fn held_records(&self) -> impl Iterator<Item = &Record> {
+        let queued = self.queue.iter().flat_map(|queued| match &queued.place {
+            Place::Writing(records) | Place::Unwritten(records) | Place::Loaded(records) => {
+                records.as_slice()
+            }
+            Place::Stored | Place::Loading => &[],
+        });
+        queued.chain(&self.tail)
+    }
+
     /// Payload bytes behind the ring, in memory and in the file.
     pub(super) fn backlog_bytes(&self) -> u64 {
         let queued: u64 = self.queue.iter().map(|queued| queued.segment.payload_bytes).sum();

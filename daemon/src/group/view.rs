@@ -8,7 +8,7 @@ use protocol::{JournalTier, MirrorState, Role};
 
 use super::primary::{Gate, Link, Primary};
 use super::secondary::Secondary;
-use super::{Group, Machine};
+use super::{Group, Machine, Pressure};
 
 /// What a forced failover loses.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,6 +71,8 @@ pub struct MirrorSnapshot {
     pub memory: ByteCount,
     /// Bytes of the spill file in use.
     pub spilled: ByteCount,
+    /// How far behind the target is, and what is done about it.
+    pub pressure: Pressure,
 }
 
 /// A volume's counters as the group knows them.
@@ -101,7 +103,7 @@ impl Group {
     pub fn mirror_snapshot(&self) -> Option<MirrorSnapshot> {
         let mirror = self.mirror.as_ref()?;
         let consistent = mirror.state.consistent;
-        Some(match &mirror.machine {
+        let snapshot = match &mirror.machine {
             Machine::Primary(primary) => primary.snapshot(consistent, self.now),
             Machine::Secondary(secondary) => {
                 secondary.snapshot(consistent, mirror.state.diverged, self.stamp)
@@ -128,8 +130,11 @@ impl Group {
                 needs_start: false,
                 memory: ByteCount(0),
                 spilled: ByteCount(0),
+                pressure: Pressure::default(),
             },
-        })
+        };
+        let reason = mirror.offered_reason().or(snapshot.reason);
+        Some(MirrorSnapshot { reason, pressure: mirror.watch.pressure(), ..snapshot })
     }
 
     /// The sequence of a host's write that is on its way home.
@@ -212,6 +217,7 @@ impl Primary {
                 || matches!(self.link, Link::Halted { .. } | Link::Stopped),
             memory: ByteCount(self.ring.bytes() + self.spill.held_bytes()),
             spilled: ByteCount(self.spill.space.used_bytes()),
+            pressure: Pressure::default(),
         }
     }
 }
@@ -263,6 +269,7 @@ impl Secondary {
             needs_start: waiting,
             spilled: ByteCount(0),
             memory: ByteCount(self.queue.iter().map(|item| item.placement.length).sum::<u64>().min(64 << 20)),
+            pressure: Pressure::default(),
         }
     }
 }

@@ -51,7 +51,7 @@ settings_file! {
     nbd_key_file: PathBuf,
     /// The CAs that sign hosts' certificates (PEM). Default: none; hosts are then not asked for a certificate.
     nbd_client_ca_file: PathBuf,
-    /// The most established connections of hosts, 1 to 65536. Default 1024.
+    /// The most established connections of hosts, 1 to 16384. Default 1024.
     nbd_connections_max: NonZeroU32,
     /// Where partners connect (UDP): `IP:PORT`. Default `127.0.0.1:10820`.
     replication_listen: SocketAddr,
@@ -88,6 +88,8 @@ settings_file! {
     intent_budget_bytes: u64,
     /// How long a restarted primary waits for its partner before it opens its exports. Default 30.
     start_grace_seconds: u64,
+    /// How long hosts' writes wait under `--overload stop` before they are refused, 0 to 300. Default 10.
+    overload_hold_seconds: u64,
     /// The RPO budget of a mirror created without one. Default 900.
     rpo_seconds: NonZeroU32,
     /// The pools, as name = folder. Default: `default`, the folder `pool` in `data_dir`.
@@ -152,6 +154,7 @@ impl From<&Settings> for SettingsFile {
             intent_region_bytes: Some(settings.intent_region.0),
             intent_budget_bytes: Some(settings.intent_budget.0),
             start_grace_seconds: Some(settings.start_grace.as_secs()),
+            overload_hold_seconds: Some(settings.overload_hold.as_secs()),
             rpo_seconds: Some(settings.rpo_seconds),
             pools: Some(settings.pools.clone()),
             classes: Some(classes.collect()),

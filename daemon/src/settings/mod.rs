@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -104,6 +105,8 @@ pub struct Settings {
     pub intent_budget: ByteCount,
     /// How long a restarted primary waits for its partner before it opens its exports.
     pub start_grace: Duration,
+    /// How long hosts' writes wait under `--overload stop` before they are refused.
+    pub overload_hold: Duration,
     /// The RPO budget of a mirror created without one.
     pub rpo_seconds: NonZeroU32,
 }
@@ -230,6 +233,7 @@ impl Settings {
             intent_region: bytes(file.intent_region_bytes, MIB),
             intent_budget: bytes(file.intent_budget_bytes, 256 << 30),
             start_grace: Duration::from_secs(file.start_grace_seconds.unwrap_or(30)),
+            overload_hold: Duration::from_secs(file.overload_hold_seconds.unwrap_or(10)),
             rpo_seconds: file.rpo_seconds.unwrap_or(RPO_SECONDS_DEFAULT),
             data_dir,
         };
@@ -263,6 +267,10 @@ impl Settings {
         between("nbd_listen", u64::try_from(self.nbd_listen.len()).unwrap_or(u64::MAX), 1, 16)?;
         for listener in &self.nbd_listen {
             match &listener.address {
+                NbdAddress::Unix(path) if path.as_os_str().as_bytes().contains(&b',') => {
+                    let advice = "a Unix socket's path has no comma here, as ',tls=MODE' may follow it; choose another";
+                    return Err(refuse("nbd_listen", &listener.address, advice));
+                }
                 NbdAddress::Unix(path) => check_socket("nbd_listen", path)?,
                 NbdAddress::Tcp(address)
                     if address.ip().is_loopback()
@@ -294,8 +302,10 @@ impl Settings {
         between("redo_segment_bytes", self.redo_segment.0, self.cut.0.saturating_mul(4), 16 << 30)?;
         between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
         between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
-        between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 65_536)?;
+        // All may be of one shard, whose request numbers have 24 bits.
+        between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 16_384)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
+        between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
         between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;
         if !self.intent_region.0.is_power_of_two() {

@@ -108,6 +108,7 @@ impl Site {
                 .map(|remaining| ResyncView { remaining_bytes: remaining.0, eta_seconds: None }),
             orphaned_bytes: view.orphaned.0,
             overload: mirror.overload,
+            pressure: super::policy::pressure_view(view.pressure),
             memory: MirrorMemory {
                 ring_bytes: view.memory.0,
                 ring_bytes_max: self.settings.ring.0,

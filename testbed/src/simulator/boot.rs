@@ -51,9 +51,13 @@ impl World {
             spill_slowness: 1,
             acked_tip: None,
             lineage: None,
+            policy: plan.policies[site],
+            held_since: None,
             heard_epoch: 0,
             start_given: 0,
             failover: None,
+            searching: false,
+            forced_epoch: 0,
         }
     }
 
@@ -228,6 +232,7 @@ impl World {
         known.stopping = Stopping::No;
         known.timer_at = None;
         known.failover = None;
+        known.searching = false;
         let process = known.process;
         let mine: Vec<(u64, usize)> = self
             .network

@@ -24,9 +24,13 @@ mod fault;
 mod host;
 mod network;
 mod oracle;
+mod orphans;
 mod perform;
 mod plan;
+mod pressure;
 mod site;
+#[cfg(test)]
+mod switching;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -59,6 +63,10 @@ pub struct Statistics {
     pub boots: u64,
     /// Promotions.
     pub promotions: u64,
+    /// Roles that a planned switch moved.
+    pub switches: u64,
+    /// Searches for orphaned writes that came to an end.
+    pub searches: u64,
     /// Cuts of resync passes.
     pub staged: u64,
     /// Images that were checked against the oracle.
@@ -77,6 +85,8 @@ impl Statistics {
         self.cuts += other.cuts;
         self.boots += other.boots;
         self.promotions += other.promotions;
+        self.switches += other.switches;
+        self.searches += other.searches;
         self.staged += other.staged;
         self.images += other.images;
         self.spilled += other.spilled;

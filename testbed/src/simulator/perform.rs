@@ -65,6 +65,7 @@ impl World {
                 self.tell(|| format!("site {site} presents its volumes"));
                 self.sites[site].presented = true;
             }
+            Effect::Unlock => self.start(site, Operation::Nothing, Answer::Unlock),
             Effect::Withdraw { reason } => {
                 self.tell(|| format!("site {site} withdraws: {reason}"));
                 self.sites[site].presented = false;
@@ -326,6 +327,13 @@ impl World {
                     group.inquired(volume, step, Ok(()));
                 }
             }
+            Answer::Unlock => {
+                let locked = self.random.chance(self.errors.rate(site, Zone::State, self.now));
+                let result = if locked { Err("the key provider does not answer".to_owned()) } else { Ok(()) };
+                if let Some(group) = self.enter(site) {
+                    group.unlocked(result);
+                }
+            }
             Answer::Flush { volume, step, mark } => {
                 if !failed && !self.sites[site].files[usize::from(volume.0)].is_stable_before(mark) {
                     self.fail("the virtual disk lied about a flush".to_owned());
@@ -380,6 +388,7 @@ impl World {
         if result.is_err() || !known.command.changes_content() {
             return;
         }
+        self.check_not_held(site, &known);
         let at = self.now;
         for (lineage, sequence, _) in known.writes {
             self.oracle.acked[site].push_back(oracle::Acked { lineage, sequence, at });

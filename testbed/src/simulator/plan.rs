@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use daemon::group::MirrorPolicy;
 use journal::{PAGE_BYTES, RedoConfig, RingBudget};
 
+use super::pressure;
 use crate::harness::Random;
 
 const KIB: u64 = 1024;
@@ -25,6 +27,8 @@ pub(super) enum Fault {
     StartMirror,
     Failover,
     FailoverDead,
+    Switch,
+    Orphans,
     HomeErrors,
     ReadErrors,
     HomeSyncErrors,
@@ -35,10 +39,11 @@ pub(super) enum Fault {
     SpillErrors,
     SlowSpill,
     StopInOutage,
+    SetPolicy,
 }
 
 impl Fault {
-    const ALL: [Self; 24] = [
+    const ALL: &[Self] = &[
         Self::KillPrimary,
         Self::KillSecondary,
         Self::PowerPrimary,
@@ -53,6 +58,8 @@ impl Fault {
         Self::StartMirror,
         Self::Failover,
         Self::FailoverDead,
+        Self::Switch,
+        Self::Orphans,
         Self::HomeErrors,
         Self::ReadErrors,
         Self::HomeSyncErrors,
@@ -63,6 +70,7 @@ impl Fault {
         Self::SpillErrors,
         Self::SlowSpill,
         Self::StopInOutage,
+        Self::SetPolicy,
     ];
 }
 
@@ -93,6 +101,8 @@ pub(super) struct Plan {
     pub(super) iops: Option<u32>,
     /// Blocks that hosts write often.
     pub(super) hot_blocks: u64,
+    /// What operators want at the start, by site.
+    pub(super) policies: [MirrorPolicy; 2],
 }
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -120,6 +130,10 @@ impl Plan {
         let chosen = 1 + random.below(8);
         let mut faults: Vec<Fault> =
             (0..chosen).map(|_| Fault::ALL[random.index(Fault::ALL.len())]).collect();
+        if random.chance(250) {
+            // A switch meets every other fault only if it is ordered often enough.
+            faults.extend([Fault::Switch, Fault::Switch]);
+        }
         if random.chance(100) {
             faults.clear();
         }
@@ -141,6 +155,7 @@ impl Plan {
             skews: [random.below(1000 * SECOND), random.below(1000 * SECOND)],
             iops: random.chance(150).then_some(3000),
             hot_blocks: [8, 32, 1000][random.index(3)],
+            policies: [pressure::draw(random), pressure::draw(random)],
         }
     }
 }

@@ -144,6 +144,7 @@ impl World {
             region_bytes: self.plan.region_bytes,
             intent_budget_regions: self.plan.intent_budget_regions,
             start_grace: self.plan.start_grace,
+            policy: self.sites[site].policy,
         }
     }
 
@@ -190,7 +191,7 @@ impl World {
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    pub(super) fn handle(&mut self, event: Event) {
         self.note(self.now);
         match event {
             Event::Io { site, key } => self.complete(site, key),
@@ -241,6 +242,7 @@ impl World {
             }
         }
         self.note_lineage(site);
+        self.check_pressure(site);
         self.stop_when_drained(site);
         let deadline = self.sites[site].group.as_ref().and_then(Group::poll_timeout);
         let Some(deadline) = deadline.filter(|deadline| deadline.0 < u64::MAX) else { return };
@@ -279,6 +281,11 @@ impl World {
         let base = self.home_hashes(site);
         if let Some((ordered_at, loss)) = self.sites[site].failover.take() {
             self.check_promotion(site, &fork, ordered_at, loss, &base);
+        } else if !self.oracle.knows_epoch(lineage.0)
+            && lineage.0 > 1
+            && self.sites[site].forced_epoch < lineage.0
+        {
+            self.check_switch(site, &fork, &base);
         }
         if !self.oracle.knows_epoch(lineage.0) {
             // What the new epoch does not contain is lost, or an orphan.

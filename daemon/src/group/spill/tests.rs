@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use protocol::{GroupState, SenderChain};
 
 use super::super::effect::{Effect, IoId};
-use super::super::{CleanState, GroupVolume};
+use super::super::{CleanState, GroupVolume, MirrorPolicy, Overload};
 use super::*;
 
 const PAGE: u64 = 4096;
@@ -32,6 +32,12 @@ fn settings(spill_bytes: u64) -> MirrorSettings {
         region_bytes: 1 << 16,
         intent_budget_regions: 100,
         start_grace: Duration::ZERO,
+        policy: MirrorPolicy {
+            rpo_budget: Duration::from_secs(900),
+            overload: Overload::Bitmap,
+            hold: Duration::ZERO,
+            hold_bytes: 0,
+        },
     }
 }
 
