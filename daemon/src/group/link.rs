@@ -382,6 +382,7 @@ impl Primary {
         out: &mut Outbox,
     ) -> Option<bool> {
         let mut complete = false;
+        self.inherit_age(welcome.age_bound_ms);
         let staged =
             welcome.staged.filter(|(id, _)| self.pass.is_some_and(|pass| pass.id == *id)).map(|(_, tip)| tip);
         // What the target holds and this side has not heard of is as good as acknowledged.

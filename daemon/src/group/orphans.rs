@@ -119,7 +119,15 @@ impl Memory {
             memory.note(volume, range);
         }
         let after = if fork.same_lineage(&primary.start) { fork.sequence } else { Sequence(0) };
-        for record in primary.ring.records(after, primary.last) {
+        for (volume, blocks) in
+            (0_u16..).map(VolumeIndex).zip(primary.spill.stored_blocks(primary.volumes.len()))
+        {
+            if let Some(known) = memory.blocks.get_mut(usize::from(volume.0)) {
+                known.union(&blocks);
+            }
+        }
+        let held = primary.spill.held_records().filter(|record| record.sequence > after);
+        for record in primary.ring.records(after, primary.last).chain(held) {
             memory.note(record.volume, record.range);
             let at = primary.rpo.acknowledged_at(record.sequence);
             let at = at.map(|at| WallTime(wall.0.saturating_sub(now.0.saturating_sub(at.0))));

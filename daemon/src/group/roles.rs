@@ -740,15 +740,16 @@ impl Group {
         match self.mirror.as_mut().map(|mirror| &mut mirror.machine) {
             Some(Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+                primary.keep_journal();
             }
             Some(Machine::Secondary(secondary)) => secondary.halt("the secondary is stopping", &mut self.out),
             Some(Machine::Changing(_)) | None => {}
         }
     }
 
-    /// True if no host command and no copy is in flight.
+    /// True if no host command and no copy is in flight, and a stopping primary has put its journal away.
     pub fn is_drained(&self) -> bool {
-        self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
+        !self.is_keeping() && self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
     }
 
     /// What the next start needs to know of a drained primary; `None` if it must compare instead.
@@ -792,6 +793,9 @@ pub(super) fn forget_primary(out: &mut Outbox) {
         | Purpose::CompareRead { .. }
         | Purpose::ClearFlush { .. }
         | Purpose::OrphanRead { .. }
+        | Purpose::SpillWrite { .. }
+        | Purpose::SpillRead { .. }
+        | Purpose::SpillSync
         | Purpose::SwitchFlush { .. } => true,
         Purpose::Intent { .. }
         | Purpose::HashRead { .. }

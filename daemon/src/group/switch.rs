@@ -362,6 +362,12 @@ impl Group {
         if let Some(reason) = primary.cannot_switch() {
             return Err(VerbRefused(reason));
         }
+        if primary.spill.is_pending() {
+            return Err(VerbRefused(
+                "the partner is far behind: wait for it with 'farshore mirror wait NAME --for caught-up', then switch"
+                    .into(),
+            ));
+        }
         let session = primary.session().filter(|_| presented && primary.admission_open);
         let busy = mirror.planned.is_marking();
         let Some(session) = session.filter(|_| !busy) else {

@@ -89,6 +89,8 @@ pub struct Settings {
     pub mirrored_iops_per_tib: Vec<NonZeroU32>,
     /// The budget of a mirror's ring.
     pub ring: ByteCount,
+    /// The size of a mirror's spill file; 0 for none.
+    pub spill: ByteCount,
     /// The budget of received payloads of a shard.
     pub receive_pool: ByteCount,
     /// The longest time between two cuts.
@@ -225,6 +227,7 @@ impl Settings {
             minimum_size: bytes(file.minimum_size_bytes, 500 << 30),
             mirrored_iops_per_tib: file.mirrored_iops_per_tib.unwrap_or_else(mirrored),
             ring: bytes(file.ring_bytes, 64 * MIB),
+            spill: bytes(file.spill_bytes, 8 << 30),
             receive_pool: bytes(file.receive_pool_bytes, 256 * MIB),
             cut_interval: Duration::from_millis(file.cut_interval_milliseconds.unwrap_or(50)),
             cut: bytes(file.cut_bytes, MIB),
@@ -295,6 +298,9 @@ impl Settings {
         between("cut_bytes", self.cut.0, 64 << 10, 16 * MIB)?;
         // A ring must hold the cut that is on its way and the one that fills.
         between("ring_bytes", self.ring.0, self.cut.0.saturating_mul(4), 1 << 40)?;
+        if self.spill.0 > 0 {
+            between("spill_bytes", self.spill.0, 64 * MIB, 1 << 44)?;
+        }
         between("receive_pool_bytes", self.receive_pool.0, 4 * MIB, 1 << 40)?;
         between("redo_segment_bytes", self.redo_segment.0, self.cut.0.saturating_mul(4), 16 << 30)?;
         between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
@@ -313,6 +319,7 @@ impl Settings {
             ("minimum_size_bytes", self.minimum_size),
             ("redo_segment_bytes", self.redo_segment),
             ("cut_bytes", self.cut),
+            ("spill_bytes", self.spill),
         ] {
             if !value.0.is_multiple_of(DATA_UNIT_BYTES) {
                 return Err(refuse(key, value.0, "give a multiple of 4096"));

@@ -143,6 +143,7 @@ async fn refresh(site: &Site) {
         gauge!("farshore_mirror_backlog_bytes", "mirror" => mirror()).set(approximate(view.backlog_bytes));
         gauge!("farshore_mirror_connected", "mirror" => mirror()).set(flag(view.connected));
         gauge!("farshore_mirror_ring_bytes", "mirror" => mirror()).set(approximate(view.memory.ring_bytes));
+        gauge!("farshore_mirror_spill_bytes", "mirror" => mirror()).set(approximate(view.memory.spill_bytes));
         gauge!("farshore_mirror_rpo_alert_percent", "mirror" => mirror())
             .set(f64::from(view.pressure.rpo_alert_percent));
         gauge!("farshore_mirror_limit_lowered_percent", "mirror" => mirror())

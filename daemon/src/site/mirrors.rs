@@ -76,7 +76,8 @@ impl Site {
         }
         let made: (RedoFiles, Recovered, Checkpoint) =
             files::create_redo(folder, mirror, self.redo_config()?, state)?;
-        let (redo, recovered, checkpoint) = made;
+        let (mut redo, recovered, checkpoint) = made;
+        redo.spill = files::open_spill(folder, self.settings.spill)?;
         files::sync_folder(folder)?;
         Ok((intents, redo, files::opened(maps, None, recovered, checkpoint)))
     }
@@ -226,7 +227,7 @@ impl Site {
                 cipher: Some(self.unlock(volume)?),
             });
         }
-        start.opened.clean = Some(CleanState { dirty, committed: None });
+        start.opened.clean = Some(CleanState { dirty, committed: None, journal: None });
         for key in keys {
             self.end_group(*key).await?;
         }

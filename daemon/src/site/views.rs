@@ -113,6 +113,8 @@ impl Site {
                 ring_bytes: view.memory.0,
                 ring_bytes_max: self.settings.ring.0,
                 map_bytes: 0,
+                spill_bytes: view.spilled.0,
+                spill_bytes_max: self.settings.spill.0,
             },
             volumes: self.mirror_volumes(mirror)?.into_iter().map(|volume| volume.name).collect(),
             partner: mirror.partner.clone(),

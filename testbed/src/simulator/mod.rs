@@ -10,6 +10,7 @@
 //!   may land; a power loss also loses unflushed sectors;
 //! - home of a volume: writes, reads and syncs fail; a failed read fails once;
 //! - redo segments: writes, syncs and reads fail, but for the reads of a start;
+//! - spill file: writes, syncs and reads fail, what is read is damaged, all of it is slow;
 //! - intent file, checkpoint: writes fail and tear; reads of them do not fail;
 //! - group state and clean file: written atomically; a failed write of the state may have landed;
 //! - network: delay, cut, flapping, a damaged cut; control and data overtake each other;
@@ -70,6 +71,10 @@ pub struct Statistics {
     pub staged: u64,
     /// Images that were checked against the oracle.
     pub images: u64,
+    /// Segments written to spill files.
+    pub spilled: u64,
+    /// Starts that went on with a clean stop's journal.
+    pub continued: u64,
 }
 
 impl Statistics {
@@ -84,6 +89,8 @@ impl Statistics {
         self.searches += other.searches;
         self.staged += other.staged;
         self.images += other.images;
+        self.spilled += other.spilled;
+        self.continued += other.continued;
     }
 }
 

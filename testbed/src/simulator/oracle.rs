@@ -3,7 +3,7 @@
 //! Each lineage (epoch and incarnation) starts from the home that the primary had then; its writes are noted with
 //! their sequences as they are issued. So the state after every sequence of every lineage is known block by block.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use block::Position;
 
@@ -27,6 +27,8 @@ struct Version {
 struct Lineage {
     site: usize,
     base: Vec<u64>,
+    /// Sequences of hosts' writes.
+    taken: BTreeSet<u64>,
     versions: BTreeMap<usize, Vec<Version>>,
 }
 
@@ -71,12 +73,18 @@ impl Oracle {
         if let Some((last, _)) = newest.filter(|(last, known)| **last >= lineage && known.site == site) {
             return Err(format!("lineage {lineage:?} does not follow {last:?} of the same site"));
         }
-        self.lineages.insert(lineage, Lineage { site, base, versions: BTreeMap::new() });
+        self.lineages
+            .insert(lineage, Lineage { site, base, taken: BTreeSet::new(), versions: BTreeMap::new() });
         Ok(())
     }
 
     pub(super) fn owner(&self, lineage: LineageKey) -> Option<usize> {
         self.lineages.get(&lineage).map(|lineage| lineage.site)
+    }
+
+    /// A host's write takes a sequence: false if another one had it.
+    pub(super) fn takes(&mut self, lineage: LineageKey, sequence: u64) -> bool {
+        self.lineages.get_mut(&lineage).is_none_or(|lineage| lineage.taken.insert(sequence))
     }
 
     /// A write of a block is issued.
