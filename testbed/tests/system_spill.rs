@@ -48,7 +48,7 @@ fn fill(pair: &Pair, mebibytes: u64) -> Result<()> {
 }
 
 fn sequence(view: &Value) -> u64 {
-    view["recovery_point"]["sequence"].as_u64().unwrap_or(0)
+    view.pointer("/recovery_point/sequence").and_then(Value::as_u64).unwrap_or(0)
 }
 
 /// Cuts the link and writes until records are spilled.
@@ -57,7 +57,7 @@ fn spill(pair: &Pair, load: &mut Load) -> Result<Value> {
     load.run_for(&pair.west.export("data"), Duration::from_secs(1))?;
     fill(pair, 16)?;
     pair.west.wait_for_mirror("spilled", Duration::from_secs(10), |view| {
-        let spilled = view["memory"]["spill_bytes"].as_u64();
+        let spilled = view.pointer("/memory/spill_bytes").and_then(Value::as_u64);
         view["journal_tier"] == "spill" && spilled.is_some_and(|bytes| bytes > 8 << 20)
     })
 }

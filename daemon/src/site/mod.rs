@@ -150,18 +150,7 @@ impl Site {
             TransportSettings::default(),
         )?;
         let (news, received) = mpsc::unbounded_channel();
-        let mut shards = Vec::new();
-        let mut threads = Vec::new();
-        let limits = HostLimits {
-            receive_bytes: usize::try_from(settings.receive_pool.0)?,
-            stall: settings.nbd_stall,
-        };
-        for index in 0..settings.shards.get() {
-            let (handle, thread) =
-                crate::shard::start(index, limits, news.clone()).context("a shard cannot start")?;
-            shards.push(handle);
-            threads.push(thread);
-        }
+        let (shards, threads) = start_shards(&settings, &news)?;
         let site = Arc::new(Self {
             catalogue,
             key,
@@ -437,6 +426,17 @@ fn group_record(state: &GroupState) -> GroupRecord {
         },
         state: state.encode(),
     }
+}
+
+fn start_shards(
+    settings: &Settings,
+    news: &mpsc::UnboundedSender<(usize, ShardNews)>,
+) -> anyhow::Result<(Vec<ShardHandle>, Vec<JoinHandle<()>>)> {
+    let limits =
+        HostLimits { receive_bytes: usize::try_from(settings.receive_pool.0)?, stall: settings.nbd_stall };
+    let start = |index| crate::shard::start(index, limits, news.clone()).context("a shard cannot start");
+    let started: Vec<_> = (0..settings.shards.get()).map(start).collect::<anyhow::Result<_>>()?;
+    Ok(started.into_iter().unzip())
 }
 
 /// Loads the site's certificate, or makes one at the first start.
