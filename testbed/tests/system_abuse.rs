@@ -305,7 +305,8 @@ fn hosts_that_stall_in_their_payloads_give_way_to_another_volumes_host() -> Resu
     const LENGTH: u32 = 64 << 20;
     const STALL: Duration = Duration::from_secs(2);
     World::run(|world| {
-        let settings = vec!["shards = 1".to_owned(), format!("nbd_stall_seconds = {}", STALL.as_secs())];
+        let setting = |key: &str, value: u64| (key.to_owned(), value.to_string());
+        let settings = vec![setting("shards", 1), setting("nbd_stall_seconds", STALL.as_secs())];
         let mut site = world.site("west", SiteOptions { settings, ..SiteOptions::default() })?;
         site.log().allow("it moves no bytes, and others wait");
         site.run("volume create data --size 128MiB --iops unlimited")?;

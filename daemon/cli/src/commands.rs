@@ -7,15 +7,15 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
-    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorStart, PartnerAdd, VolumeCreate,
-    VolumeResize, VolumeView,
+    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart, OrphansRequest,
+    PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::arguments::{
-    Arguments, CertificateCommand, Command, MirrorCommand, MirrorCreateArguments, PartnerCommand,
-    VolumeCommand, VolumeCreateArguments,
+    Arguments, CertificateCommand, Command, MirrorCommand, MirrorCreateArguments, MirrorSetArguments,
+    PartnerCommand, VolumeCommand, VolumeCreateArguments,
 };
 use crate::client::Client;
 use crate::output;
@@ -86,7 +86,11 @@ impl Session {
                     Some(change) => Call::volume_access_change(&arguments.name, &change),
                     None => Call::volume_access(&arguments.name),
                 };
-                self.ask(&call, views::access).await
+                let view = self.client.send(&call).await?;
+                if let Some(warning) = &view.warning {
+                    output::complain(&format!("warning: {warning}"));
+                }
+                self.print(&view, |view| views::access(&view.access))
             }
             VolumeCommand::List => self.ask(&Call::volume_list(), |list| views::volumes(list)).await,
             VolumeCommand::Show { name } => self.ask(&Call::volume_show(&name), views::volume).await,
@@ -126,10 +130,19 @@ impl Session {
             }
             MirrorCommand::List => self.ask(&Call::mirror_list(), |list| views::mirrors(list)).await,
             MirrorCommand::Show { name } => self.ask(&Call::mirror_show(&name), views::mirror).await,
+            MirrorCommand::Set(arguments) => {
+                let name = arguments.name.clone();
+                self.ask(&Call::mirror_set(&name, mirror_set(&arguments)), views::mirror).await
+            }
             MirrorCommand::Stop { name } => self.ask(&Call::mirror_stop(&name), views::mirror).await,
             MirrorCommand::Start { name, primary } => {
                 let start = MirrorStart { primary: primary.map(Into::into) };
                 self.ask(&Call::mirror_start(&name, start), views::mirror).await
+            }
+            MirrorCommand::Switch { name } => self.ask(&Call::mirror_switch(&name), views::mirror).await,
+            MirrorCommand::Orphans { name, export } => {
+                let request = OrphansRequest { export: export.map(|path| absolute(&path)).transpose()? };
+                self.ask(&Call::mirror_orphans(&name, &request), views::orphans).await
             }
             MirrorCommand::Failover { name, accept_loss } => self.failover(&name, accept_loss).await,
             MirrorCommand::Wait { name, goal, timeout } => {
@@ -171,6 +184,7 @@ fn volume_create(arguments: VolumeCreateArguments) -> VolumeCreate {
         class: arguments.class,
         iops: arguments.iops,
         cache: arguments.cache.into(),
+        access: arguments.access.change(),
     }
 }
 
@@ -183,6 +197,17 @@ fn mirror_create(arguments: MirrorCreateArguments) -> MirrorCreate {
         rpo_seconds: arguments.rpo,
         overload: arguments.overload.into(),
     }
+}
+
+fn mirror_set(arguments: &MirrorSetArguments) -> MirrorSet {
+    MirrorSet { rpo_seconds: arguments.rpo, overload: arguments.overload.map(Into::into) }
+}
+
+/// The path as the daemon can use it, whose working directory is another.
+fn absolute(path: &Path) -> anyhow::Result<String> {
+    let shown = path.display();
+    let absolute = std::path::absolute(path).with_context(|| format!("'{shown}' is no directory"))?;
+    absolute.into_os_string().into_string().map_err(|_| anyhow::anyhow!("'{shown}' is not UTF-8 text"))
 }
 
 /// The certificate file's text, if it can be one.

@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use block::VolumeName;
-use control::{FailoverResult, HostAccess, MirrorView, PartnerView, StatusView, VolumeAccess, VolumeView};
+use control::{
+    FailoverResult, HostAccess, HostWrites, MirrorView, OrphansView, PartnerView, StatusView, VolumeAccess,
+    VolumeView,
+};
 
 use crate::table::Table;
 
@@ -109,11 +112,11 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
         ("position", Some(view.position.to_string())),
         ("recovery point", Some(point.unwrap_or_else(|| "none yet".to_owned()))),
         ("RPO", Some(rpo(view))),
-        ("RPO budget", Some(seconds(f64::from(view.rpo_budget_seconds)))),
+        ("RPO budget", Some(budget(view))),
         ("backlog", Some(format!("{} bytes in {}", view.backlog_bytes, view.journal_tier))),
         ("resync", resync),
         ("orphaned", (view.orphaned_bytes > 0).then(|| format!("{} bytes", view.orphaned_bytes))),
-        ("overload", Some(view.overload.to_string())),
+        ("overload", Some(overload(view))),
         (
             "memory",
             Some(format!(
@@ -121,6 +124,7 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
                 view.memory.ring_bytes, view.memory.ring_bytes_max, view.memory.map_bytes
             )),
         ),
+        ("spill", Some(format!("{} of {} bytes", view.memory.spill_bytes, view.memory.spill_bytes_max))),
     ])
 }
 
@@ -139,6 +143,29 @@ pub(crate) fn mirrors(views: &[MirrorView]) -> String {
         ]);
     }
     table.text()
+}
+
+/// Orphaned writes, an extent a line.
+pub(crate) fn orphans(view: &OrphansView) -> String {
+    let mut table = Table::new(&["VOLUME", "OFFSET", "LENGTH", "WRITTEN", "CERTAIN"]);
+    for extent in &view.extents {
+        table.row(vec![
+            extent.volume.to_string(),
+            extent.offset_bytes.to_string(),
+            extent.length_bytes.to_string(),
+            extent.written.map_or_else(|| "-".to_owned(), |written| written.to_string()),
+            yes(extent.exact),
+        ]);
+    }
+    let mut text = table.text();
+    text.push_str(&format!(
+        "{} bytes that the new primary never had, {} more that it may have had and has overwritten since\n",
+        view.exact_bytes, view.possible_bytes
+    ));
+    if let Some(folder) = &view.exported {
+        text.push_str(&format!("exported to {folder}, decrypted\n"));
+    }
+    text
 }
 
 /// What a failover cost, as a sentence.
@@ -168,6 +195,25 @@ pub(crate) fn status(view: &StatusView) -> String {
     ]);
     for warning in &view.warnings {
         text.push_str(&format!("warning: {warning}\n"));
+    }
+    text
+}
+
+fn budget(view: &MirrorView) -> String {
+    let budget = seconds(f64::from(view.rpo_budget_seconds));
+    match view.pressure.rpo_alert_percent {
+        0 => budget,
+        alert => format!("{budget}, alert: {alert} % are used up"),
+    }
+}
+
+fn overload(view: &MirrorView) -> String {
+    let mut text = view.overload.to_string();
+    if view.pressure.limit_lowered_percent > 0 {
+        text.push_str(&format!(", limits lowered by {} %", view.pressure.limit_lowered_percent));
+    }
+    if view.pressure.host_writes != HostWrites::Served {
+        text.push_str(&format!(", hosts' writes are {}", view.pressure.host_writes));
     }
     text
 }

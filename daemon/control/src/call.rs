@@ -8,9 +8,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd,
-    PartnerView, Problem, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize,
-    VolumeView,
+    CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView,
+    OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, StatusView, VolumeAccessChange,
+    VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// The HTTP methods of the API.
@@ -118,7 +118,7 @@ impl Call<VolumeView> {
     }
 }
 
-impl Call<VolumeAccess> {
+impl Call<VolumeAccessView> {
     /// Who may open a volume.
     pub fn volume_access(name: &VolumeName) -> Self {
         Self::bare(Method::Get, format!("/v1/volumes/{name}/access"))
@@ -174,6 +174,11 @@ impl Call<MirrorView> {
         Self::bare(Method::Get, format!("/v1/mirrors/{name}"))
     }
 
+    /// Changes what a mirror is to do while it runs.
+    pub fn mirror_set(name: &VolumeName, set: MirrorSet) -> Self {
+        Self::post(format!("/v1/mirrors/{name}/set"), &set)
+    }
+
     /// Stops a mirror.
     pub fn mirror_stop(name: &VolumeName) -> Self {
         Self::bare(Method::Post, format!("/v1/mirrors/{name}/stop"))
@@ -182,6 +187,11 @@ impl Call<MirrorView> {
     /// Starts a mirror.
     pub fn mirror_start(name: &VolumeName, start: MirrorStart) -> Self {
         Self::post(format!("/v1/mirrors/{name}/start"), &start)
+    }
+
+    /// Gives the primary's role to the secondary; nothing is lost.
+    pub fn mirror_switch(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/mirrors/{name}/switch"))
     }
 }
 
@@ -196,6 +206,13 @@ impl Call<FailoverResult> {
     /// Makes the secondary primary, at the cost of what is not there.
     pub fn mirror_failover(name: &VolumeName, failover: FailoverRequest) -> Self {
         Self::post(format!("/v1/mirrors/{name}/failover"), &failover)
+    }
+}
+
+impl Call<OrphansView> {
+    /// Which writes of an old primary the new one never had.
+    pub fn mirror_orphans(name: &VolumeName, orphans: &OrphansRequest) -> Self {
+        Self::post(format!("/v1/mirrors/{name}/orphans"), orphans)
     }
 }
 

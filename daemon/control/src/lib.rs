@@ -6,9 +6,11 @@
 //! A refusal is a [`Problem`] (RFC 9457).
 
 mod access;
+mod access_order;
 mod call;
 mod mirror;
 mod partner;
+mod policy;
 mod problem;
 mod status;
 mod time;
@@ -17,14 +19,16 @@ mod volume;
 pub use access::{
     ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, AccessChangeError, AccessRefusal, Admission,
     HOST_IDENTITY_BYTES_MAX, HostAccess, HostIdentity, HostIdentityError, Peer, TlsRule, VolumeAccess,
-    VolumeAccessChange,
+    VolumeAccessChange, VolumeAccessView,
 };
 pub use call::{Call, CallError, Method};
 pub use mirror::{
     FailoverRequest, FailoverResult, JournalTier, MirrorCreate, MirrorMemory, MirrorMode, MirrorStart,
-    MirrorState, MirrorView, Overload, RecoveryPoint, ResyncView, Role, Side, UnknownState,
+    MirrorState, MirrorView, OrphanView, OrphansRequest, OrphansView, Overload, RecoveryPoint, ResyncView,
+    Role, Side, UnknownState,
 };
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
+pub use policy::{HostWrites, MirrorSet, PressureView};
 pub use problem::{Problem, ProblemKind};
 pub use status::{Counts, StatusView};
 pub use time::{Timestamp, TimestampError};

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use block::{Position, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use crate::Timestamp;
+use crate::{PressureView, Timestamp};
 
 /// Gives an enum its words, the same in JSON, on the command line and in tables.
 macro_rules! words {
@@ -52,9 +52,9 @@ pub enum Overload {
     /// The recovery point: writes fold into the dirty map and hosts notice nothing.
     #[default]
     Bitmap,
-    /// The hosts' limit, by at most 10 %.
+    /// The hosts' limits, by at most 10 %.
     Pace,
-    /// The mirror: it stops.
+    /// The hosts' writes: they wait, and are refused when that takes too long.
     Stop,
 }
 
@@ -206,6 +206,43 @@ pub struct FailoverResult {
     pub seconds_lost_bound: bool,
 }
 
+/// Body of `POST /v1/mirrors/NAME/orphans`, sent to the old primary.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OrphansRequest {
+    /// Write what was found, decrypted, into this new or empty directory of the daemon's machine: an absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
+}
+
+/// A run of blocks that the old primary wrote and the new one's image lacks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrphanView {
+    /// The volume.
+    pub volume: VolumeName,
+    /// Where it begins, in bytes; a multiple of 4096.
+    pub offset_bytes: u64,
+    /// Its length; a multiple of 4096.
+    pub length_bytes: u64,
+    /// When its host was told of it, or a few milliseconds before; null after a restart of the old primary.
+    pub written: Option<Timestamp>,
+    /// False if the new primary has overwritten it since, and it may have been equal before.
+    pub exact: bool,
+}
+
+/// What the old primary wrote and the new one never had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrphansView {
+    /// By volume and offset.
+    pub extents: Vec<OrphanView>,
+    /// Bytes of those that are exact.
+    pub exact_bytes: u64,
+    /// Bytes of the others.
+    pub possible_bytes: u64,
+    /// Where they were exported to.
+    pub exported: Option<String>,
+}
+
 /// A point in the write order at which the target is crash-consistent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecoveryPoint {
@@ -225,7 +262,7 @@ pub struct ResyncView {
     pub eta_seconds: Option<f64>,
 }
 
-/// What a mirror holds in memory.
+/// What a mirror holds in memory and in its spill file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MirrorMemory {
     /// Bytes in the ring, with those that the transport still holds.
@@ -234,6 +271,12 @@ pub struct MirrorMemory {
     pub ring_bytes_max: u64,
     /// Bytes of the dirty and intent maps.
     pub map_bytes: u64,
+    /// Bytes of the spill file in use.
+    #[serde(default)]
+    pub spill_bytes: u64,
+    /// The size of the spill file.
+    #[serde(default)]
+    pub spill_bytes_max: u64,
 }
 
 /// A mirror as `mirror show` tells it.
@@ -278,6 +321,9 @@ pub struct MirrorView {
     pub orphaned_bytes: u64,
     /// The policy on overload.
     pub overload: Overload,
+    /// What the RPO alert and that policy do now: `rpo_alert_percent`, `limit_lowered_percent`, `host_writes`.
+    #[serde(flatten)]
+    pub pressure: PressureView,
     /// What it holds in memory.
     pub memory: MirrorMemory,
     /// The volumes, in the order of their index.

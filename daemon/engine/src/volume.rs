@@ -18,6 +18,7 @@
 //! The volume sees neither payloads nor keys. Its rules are in docs/ARCHITECTURE.md, "Path of a write".
 
 mod effect;
+mod hold;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ use block::{
 };
 
 pub use self::effect::{Content, Effect};
+use self::hold::Hold;
 use self::split::{Splitter, Task};
 use crate::arena::Arena;
 use crate::locks::{Acquired, RangeLocks};
@@ -60,7 +62,12 @@ pub struct Volume {
     mirrored: bool,
     poisoned: bool,
     online: bool,
+    limit: IopsLimit,
     limiter: Limiter,
+    /// Tokens taken so far.
+    tokens: u64,
+    /// Writes may not begin.
+    hold: Option<Hold>,
     /// When the first command of `queue` can have its tokens.
     ready_at: Option<Monotonic>,
     /// Commands that wait for tokens.
@@ -128,7 +135,10 @@ impl Volume {
             mirrored: config.mirrored,
             poisoned: false,
             online: true,
+            limit: config.limit,
             limiter: Limiter::new(config.limit, now),
+            tokens: 0,
+            hold: None,
             ready_at: None,
             queue: VecDeque::new(),
             commands: BTreeMap::new(),
@@ -150,6 +160,9 @@ impl Volume {
             self.reply(id, Err(error));
             return;
         }
+        if self.hold_back(now, id, command) {
+            return;
+        }
         if command == HostCommand::Flush {
             self.launch(id, command);
         } else {
@@ -167,8 +180,8 @@ impl Volume {
     }
 
     /// When `handle_time` is wanted next.
-    pub const fn poll_timeout(&self) -> Option<Monotonic> {
-        self.ready_at
+    pub fn poll_timeout(&self) -> Option<Monotonic> {
+        [self.ready_at, self.hold_expires_at()].into_iter().flatten().min()
     }
 
     /// The next thing to do.
@@ -281,6 +294,7 @@ impl Volume {
     /// Returns true if it has started and goes on; [`Self::is_running`] tells when it ended.
     pub fn forget(&mut self, now: Monotonic, id: CommandId) -> bool {
         self.queue.retain(|(queued, _)| *queued != id);
+        self.forget_held(id);
         if let Some(running) = self.commands.get_mut(&id) {
             running.forgotten = true;
             running.error.get_or_insert(HostError::Shutdown);
@@ -300,6 +314,7 @@ impl Volume {
     pub fn set_offline(&mut self, now: Monotonic) {
         self.online = false;
         self.refuse_queued(HostError::Shutdown, |_| true);
+        self.refuse_held(HostError::Shutdown);
         for running in self.commands.values_mut() {
             if !running.splitter.is_done() {
                 running.error.get_or_insert(HostError::Shutdown);
@@ -340,8 +355,19 @@ impl Volume {
 
     /// Changes the IOPS limit.
     pub fn set_limit(&mut self, now: Monotonic, limit: IopsLimit) {
+        self.limit = limit;
         self.limiter.set_limit(limit, now);
         self.turn(now);
+    }
+
+    /// The limit in force.
+    pub const fn limit(&self) -> IopsLimit {
+        self.limit
+    }
+
+    /// The tokens that commands have taken so far: what the limit counts.
+    pub const fn tokens(&self) -> u64 {
+        self.tokens
     }
 
     /// Makes the volume mirrored, or no longer so, for the steps that have not passed `Admit`.
@@ -379,12 +405,15 @@ impl Volume {
 
     /// One turn: admit by the limit, then start every step whose lock is granted.
     fn turn(&mut self, now: Monotonic) {
+        self.expire_hold(now);
         self.ready_at = None;
         while let Some((id, command)) = self.queue.front().copied() {
-            if let Err(ready) = self.limiter.try_take(now, qos::cost(&command)) {
+            let cost = qos::cost(&command);
+            if let Err(ready) = self.limiter.try_take(now, cost) {
                 self.ready_at = Some(ready);
                 break;
             }
+            self.tokens += u64::from(cost);
             self.queue.pop_front();
             self.launch(id, command);
         }
@@ -569,6 +598,7 @@ impl Volume {
     fn poison(&mut self) {
         self.poisoned = true;
         self.refuse_queued(HostError::Io, HostCommand::changes_content);
+        self.refuse_held(HostError::Io);
     }
 
     fn refuse_queued(&mut self, error: HostError, refused: impl Fn(&HostCommand) -> bool) {

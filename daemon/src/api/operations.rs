@@ -4,8 +4,9 @@ use std::future::Future;
 
 use block::VolumeName;
 use control::{
-    CertificateView, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView, Problem,
-    ProblemKind, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize, VolumeView,
+    CertificateView, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView, OrphansRequest,
+    OrphansView, PartnerAdd, PartnerView, Problem, ProblemKind, StatusView, VolumeAccessChange,
+    VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -53,13 +54,13 @@ pub trait Operations: Send + Sync + 'static {
         resize: VolumeResize,
     ) -> impl Future<Output = Outcome<VolumeView>> + Send;
     /// Who may open a volume.
-    fn volume_access(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
+    fn volume_access(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeAccessView>> + Send;
     /// Changes who may open a volume.
     fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
+    ) -> impl Future<Output = Outcome<VolumeAccessView>> + Send;
     /// Deletes a volume and its data.
     fn volume_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// This site's own certificate.
@@ -78,6 +79,12 @@ pub trait Operations: Send + Sync + 'static {
     fn mirror_list(&self) -> impl Future<Output = Outcome<Vec<MirrorView>>> + Send;
     /// One mirror.
     fn mirror_show(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Changes what a mirror is to do while it runs; something is to change.
+    fn mirror_set(
+        &self,
+        name: VolumeName,
+        set: MirrorSet,
+    ) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Stops a mirror.
     fn mirror_stop(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Starts a mirror.
@@ -88,6 +95,14 @@ pub trait Operations: Send + Sync + 'static {
     ) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Makes the secondary primary; the operator has accepted the loss.
     fn mirror_failover(&self, name: VolumeName) -> impl Future<Output = Outcome<FailoverResult>> + Send;
+    /// Gives this side's role to the partner; nothing is lost.
+    fn mirror_switch(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Which writes of this old primary the new one never had; exports them if that is asked for.
+    fn mirror_orphans(
+        &self,
+        name: VolumeName,
+        orphans: OrphansRequest,
+    ) -> impl Future<Output = Outcome<OrphansView>> + Send;
     /// Deletes a mirror; its volumes stay.
     fn mirror_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// The site as a whole.

@@ -26,8 +26,11 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/partners/{name}", get(partner_show::<O>).delete(partner_remove::<O>))
         .route("/v1/mirrors", get(mirror_list::<O>).post(mirror_create::<O>))
         .route("/v1/mirrors/{name}", get(mirror_show::<O>).delete(mirror_delete::<O>))
+        .route("/v1/mirrors/{name}/set", post(mirror_set::<O>))
         .route("/v1/mirrors/{name}/stop", post(mirror_stop::<O>))
         .route("/v1/mirrors/{name}/start", post(mirror_start::<O>))
+        .route("/v1/mirrors/{name}/switch", post(mirror_switch::<O>))
+        .route("/v1/mirrors/{name}/orphans", post(mirror_orphans::<O>))
         .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
         .route("/v1/status", get(status::<O>))
         .fallback(no_route)
@@ -71,7 +74,9 @@ macro_rules! handlers {
     (@type Body volume_resize) => { Body<control::VolumeResize> };
     (@type Body volume_access_change) => { Body<control::VolumeAccessChange> };
     (@type Body partner_add) => { Body<control::PartnerAdd> };
+    (@type Body mirror_set) => { Body<control::MirrorSet> };
     (@type Body mirror_start) => { Body<control::MirrorStart> };
+    (@type Body mirror_orphans) => { Body<control::OrphansRequest> };
 }
 
 handlers! {
@@ -89,8 +94,11 @@ handlers! {
     partner_remove(Name name) -> NO_CONTENT;
     mirror_list() -> OK;
     mirror_show(Name name) -> OK;
+    mirror_set(Name name, Body set) -> OK;
     mirror_stop(Name name) -> OK;
     mirror_start(Name name, Body start) -> OK;
+    mirror_switch(Name name) -> OK;
+    mirror_orphans(Name name, Body orphans) -> OK;
     mirror_delete(Name name) -> NO_CONTENT;
     status() -> OK;
 }

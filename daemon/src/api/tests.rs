@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 use block::{ByteCount, Position, SiteId, VolumeId, VolumeName};
 use control::{
     Cache, Call, CallError, CertificateView, Counts, FailoverRequest, FailoverResult, MirrorCreate,
-    MirrorMode, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
-    RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize,
-    VolumeState, VolumeView,
+    MirrorMode, MirrorSet, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
+    RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeAccessView,
+    VolumeCreate, VolumeResize, VolumeState, VolumeView,
 };
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -87,6 +87,7 @@ fn mirror(name: VolumeName) -> MirrorView {
         resync: None,
         orphaned_bytes: 0,
         overload: Overload::Bitmap,
+        pressure: control::PressureView::default(),
         memory: control::MirrorMemory::default(),
         volumes: vec![],
         partner: "p".parse().unwrap(),
@@ -118,20 +119,21 @@ impl Operations for Fake {
         Ok(volume(name))
     }
 
-    async fn volume_access(&self, name: VolumeName) -> Result<VolumeAccess, OperationError> {
+    async fn volume_access(&self, name: VolumeName) -> Result<VolumeAccessView, OperationError> {
         self.note("volume access", Some(&name))?;
-        Ok(VolumeAccess::default())
+        Ok(VolumeAccessView::default())
     }
 
     async fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> Result<VolumeAccess, OperationError> {
+    ) -> Result<VolumeAccessView, OperationError> {
         self.note("volume access change", Some(&name))?;
-        VolumeAccess::default()
+        let access = VolumeAccess::default()
             .changed(&change)
-            .map_err(|error| OperationError::new(ProblemKind::Invalid, error.to_string()))
+            .map_err(|error| OperationError::new(ProblemKind::Invalid, error.to_string()))?;
+        Ok(VolumeAccessView { access, warning: None })
     }
 
     async fn volume_delete(&self, name: VolumeName) -> Result<(), OperationError> {
@@ -181,6 +183,11 @@ impl Operations for Fake {
         Ok(mirror(name))
     }
 
+    async fn mirror_set(&self, name: VolumeName, set: MirrorSet) -> Result<MirrorView, OperationError> {
+        self.note(format!("mirror set {:?}", set.overload), Some(&name))?;
+        Ok(mirror(name))
+    }
+
     async fn mirror_stop(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
         self.note("mirror stop", Some(&name))?;
         Ok(mirror(name))
@@ -197,6 +204,25 @@ impl Operations for Fake {
             recovery_point: RecoveryPoint { position: Position::default(), time: Timestamp::default() },
             seconds_lost: 0.25,
             seconds_lost_bound: true,
+        })
+    }
+
+    async fn mirror_switch(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
+        self.note("mirror switch", Some(&name))?;
+        Ok(mirror(name))
+    }
+
+    async fn mirror_orphans(
+        &self,
+        name: VolumeName,
+        orphans: control::OrphansRequest,
+    ) -> Result<control::OrphansView, OperationError> {
+        self.note(format!("mirror orphans {:?}", orphans.export), Some(&name))?;
+        Ok(control::OrphansView {
+            extents: vec![],
+            exact_bytes: 0,
+            possible_bytes: 0,
+            exported: orphans.export,
         })
     }
 
@@ -306,16 +332,17 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
         class: "standard".to_owned(),
         iops: None,
         cache: Cache::None,
+        access: VolumeAccessChange::default(),
     };
     assert_eq!(api.send(Call::volume_create(&create)).await.unwrap().name, name("a"));
     assert_eq!(api.send(Call::volume_list()).await.unwrap().len(), 1);
     api.send(Call::volume_show(&name("a"))).await.unwrap();
     let resize = VolumeResize { size_bytes: ByteCount(2 << 20) };
     api.send(Call::volume_resize(&name("a"), resize)).await.unwrap();
-    assert_eq!(api.send(Call::volume_access(&name("a"))).await.unwrap(), VolumeAccess::default());
+    assert_eq!(api.send(Call::volume_access(&name("a"))).await.unwrap(), VolumeAccessView::default());
     let change = VolumeAccessChange { allow: vec!["h:ro".parse().unwrap()], ..VolumeAccessChange::default() };
     let access = api.send(Call::volume_access_change(&name("a"), &change)).await.unwrap();
-    assert_eq!(access.hosts, change.allow);
+    assert_eq!(access.access.hosts, change.allow);
     api.send(Call::volume_delete(&name("a"))).await.unwrap();
     assert_eq!(api.send(Call::certificate_show()).await.unwrap().certificate, "PEM");
     let add =
@@ -327,9 +354,14 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     api.send(Call::mirror_create(&mirror_create(MirrorMode::Async, &["a", "b"]))).await.unwrap();
     api.send(Call::mirror_list()).await.unwrap();
     assert_eq!(api.send(Call::mirror_show(&name("m"))).await.unwrap(), mirror(name("m")));
+    let set = MirrorSet { overload: Some(Overload::Pace), ..MirrorSet::default() };
+    api.send(Call::mirror_set(&name("m"), set)).await.unwrap();
     api.send(Call::mirror_stop(&name("m"))).await.unwrap();
     let start = MirrorStart { primary: Some(Side::Local) };
     api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
+    assert_eq!(api.send(Call::mirror_switch(&name("m"))).await.unwrap(), mirror(name("m")));
+    let orphans = control::OrphansRequest { export: Some("/x".to_owned()) };
+    assert_eq!(api.send(Call::mirror_orphans(&name("m"), &orphans)).await.unwrap().exported, orphans.export);
     let failover = FailoverRequest { accept_loss: true };
     assert!(api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap().seconds_lost_bound);
     api.send(Call::mirror_delete(&name("m"))).await.unwrap();
@@ -337,7 +369,8 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     let expected = "volume create a, volume list, volume show a, volume resize to 2097152 a, volume access a, \
                     volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
-                    mirror stop m, mirror start Some(Local) m, mirror failover m, mirror delete m, status";
+                    mirror set Some(Pace) m, mirror stop m, mirror start Some(Local) m, mirror switch m, \
+                    mirror orphans Some(\"/x\") m, mirror failover m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);
 }
 

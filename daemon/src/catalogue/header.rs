@@ -29,8 +29,9 @@ const SLOT_BYTES: usize = 16 << 10;
 /// The same as a file offset.
 const SLOT_OFFSET: u64 = 16 << 10;
 const MAGIC: [u8; 8] = *b"FARSHVOL";
-/// Version 1 lacks the access to the volume: its place is zero there, which means any host.
-const VERSION: u32 = 2;
+/// Version 2 lacks the volume's revision, version 1 also the access to it: their places are zero there, which means that
+/// nothing was changed yet, and any host.
+const VERSION: u32 = 3;
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=VERSION;
 const FIXED_BYTES: usize = 256;
 const TEXT_BYTES: usize = SLOT_BYTES - FIXED_BYTES;
@@ -75,7 +76,9 @@ struct Fixed {
     revision: U64,
     text_lengths: [U16; TEXTS],
     access: u8,
-    reserved: [u8; 113],
+    reserved_before: u8,
+    volume_revision: U64,
+    reserved: [u8; 104],
 }
 
 /// A whole slot.
@@ -215,6 +218,7 @@ impl Header {
         fixed.life = code(LIVES, self.life);
         fixed.cache = code(CACHES, self.volume.cache);
         fixed.access = access_bits(&self.volume.access);
+        fixed.volume_revision = U64::new(self.volume.revision);
         let mut texts: [&[u8]; TEXTS] = [&[]; TEXTS];
         if let Some(part) = &self.mirror {
             encode_mirror(part, fixed);
@@ -244,8 +248,12 @@ impl Header {
         if !VERSIONS.contains(&fixed.version.get()) {
             return Err(HeaderError::Version(fixed.version.get()));
         }
-        if fixed.reserved.iter().any(|byte| *byte != 0) {
+        if fixed.reserved_before != 0 || fixed.reserved.iter().any(|byte| *byte != 0) {
             return Err(HeaderError::Field("reserved"));
+        }
+        let revision = fixed.volume_revision.get();
+        if fixed.version.get() < 3 && revision != 0 {
+            return Err(HeaderError::Field("volume_revision"));
         }
         let texts = slot.texts().ok_or(HeaderError::Field("text_lengths"))?;
         let [name, class, key, .., hosts] = texts;
@@ -274,6 +282,7 @@ impl Header {
             access,
             wrapped_key: key.to_vec(),
             pool: pool.clone(),
+            revision,
         };
         Ok(Self {
             site: SiteId::from_bytes(fixed.site),

@@ -87,6 +87,22 @@ pub enum IoRequest {
         /// One page.
         page: Bytes,
     },
+    /// Write a segment to the spill file.
+    SpillWrite {
+        /// Byte offset, 4096-aligned.
+        offset: u64,
+        /// Whole pages, in order.
+        data: Vec<Bytes>,
+    },
+    /// Read a segment of the spill file; answered with the bytes.
+    SpillRead {
+        /// Byte offset, 4096-aligned.
+        offset: u64,
+        /// Bytes, whole pages.
+        length: u64,
+    },
+    /// Bring the spill file's completed writes to stable media.
+    SpillSync,
     /// Make the group's state durable in catalogue and headers.
     Persist(Box<GroupState>),
 }
@@ -227,6 +243,8 @@ pub enum Effect {
     },
     /// Hosts may open the volumes.
     Present,
+    /// Open the volumes' keys; answer with `unlocked`.
+    Unlock,
     /// Hosts must leave and may not come back; the reason is told to those who try.
     Withdraw {
         /// Why.
@@ -270,10 +288,24 @@ pub(super) enum Purpose {
     RedoSync,
     /// The checkpoint page.
     Checkpoint,
+    /// A segment of the spill, written.
+    SpillWrite { key: u64 },
+    /// A segment of the spill, read.
+    SpillRead { key: u64 },
+    /// The spill made durable.
+    SpillSync,
     /// The group's state.
     PersistState,
     /// A step of a role change.
     Transition,
+    /// A flush of home before the role is given up.
+    SwitchFlush { volume: VolumeIndex },
+    /// The checkpoint that names the tip at which the role is given up.
+    SwitchMark,
+    /// A range of a fenced side's home, read to find orphans.
+    OrphanHome { id: u64 },
+    /// The same range of the new primary's home.
+    OrphanRead { session: SessionId, id: u64, volume: VolumeIndex, range: ByteRange },
 }
 
 /// Effects in order, and the purpose of every unanswered request.

@@ -11,7 +11,7 @@ use protocol::{
 
 use super::MirrorSettings;
 use super::effect::{Effect, Loudness, Outbox, SessionId};
-use super::primary::{Gate, Link, Primary};
+use super::primary::{Gate, HaltedStart, Link, Primary};
 
 /// The first wait before another attempt; doubles up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -119,9 +119,9 @@ impl Primary {
         self.link = link;
     }
 
-    fn halt(&mut self, reason: String, overwrites: bool, out: &mut Outbox) -> LinkNews {
+    fn halt(&mut self, reason: String, start: HaltedStart, out: &mut Outbox) -> LinkNews {
         out.log(Loudness::Error, reason.clone());
-        self.close(Link::Halted { reason: reason.clone(), overwrites }, &reason, out);
+        self.close(Link::Halted { reason: reason.clone(), start }, &reason, out);
         LinkNews::Nothing
     }
 
@@ -147,10 +147,17 @@ impl Primary {
             | Message::AbortPass { .. }
             | Message::HashRequest(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
+            | Message::Relinquish { .. }
             | Message::CreateMirror(_)
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => {
                 self.close(
@@ -175,8 +182,16 @@ impl Primary {
                 );
                 LinkNews::Nothing
             }
+            RefusalCode::Fork => self.halt(
+                format!(
+                    "both sides were promoted in epoch {}: each serves hosts and mirroring rests; run 'farshore mirror \
+                     start NAME --primary local' at the side whose writes are to be kept",
+                    state.epoch.0
+                ),
+                HaltedStart::Settles,
+                out,
+            ),
             RefusalCode::StaleEpoch
-            | RefusalCode::Fork
             | RefusalCode::UnknownMirror
             | RefusalCode::Mismatch
             | RefusalCode::WrongPartner
@@ -187,7 +202,7 @@ impl Primary {
                     "the partner refuses the mirror: {}; mend it, then run 'farshore mirror start'",
                     refuse.text
                 ),
-                false,
+                HaltedStart::Retries,
                 out,
             ),
         }
@@ -228,6 +243,11 @@ impl Primary {
             ResumePlan::SameIncarnation | ResumePlan::Ancestor => {
                 // An image that never was complete gets what the intent map and the dirty map name: that is all.
                 let forked = welcome.tip.position.epoch < state.epoch && welcome.consistent;
+                // A side that gave its role up holds the fork's image and nothing else; the maps name what followed.
+                let fresh =
+                    self.chain.as_ref().is_none_or(|known| known.committed().position.epoch < state.epoch);
+                let given = welcome.relinquished && welcome.tip.position == state.fork() && fresh;
+                let forked = forked && !given;
                 self.resume_ancestor(welcome, forked.then_some(settings), out);
             }
             ResumePlan::Diverged => self.resume_diverged(welcome, state, out),
@@ -254,7 +274,7 @@ impl Primary {
                  overwritten until 'farshore mirror start' compares all of it",
                 welcome.tip.position
             );
-            self.halt(reason, true, out);
+            self.halt(reason, HaltedStart::Overwrites, out);
             return LinkNews::Heard;
         }
         self.compare_everything(settings);
@@ -362,6 +382,7 @@ impl Primary {
         out: &mut Outbox,
     ) -> Option<bool> {
         let mut complete = false;
+        self.inherit_age(welcome.age_bound_ms);
         let staged =
             welcome.staged.filter(|(id, _)| self.pass.is_some_and(|pass| pass.id == *id)).map(|(_, tip)| tip);
         // What the target holds and this side has not heard of is as good as acknowledged.
@@ -461,6 +482,7 @@ impl Primary {
             for volume in &mut self.volumes {
                 volume.next = DirtyMap::default();
                 volume.tracker.verified_all(sequence);
+                volume.own = None;
             }
             self.orphaned = ByteCount(0);
         }

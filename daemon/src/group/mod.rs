@@ -8,11 +8,16 @@
 
 mod apply;
 mod effect;
+mod kept;
 mod link;
+mod orphans;
+mod overload;
 mod primary;
 mod resync;
 mod roles;
 mod secondary;
+mod spill;
+mod switch;
 mod view;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -30,15 +35,23 @@ use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
+pub use control::Overload;
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
+pub use kept::KeptJournal;
+pub use orphans::{OrphanExtent, OrphanProgress};
+pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
+pub use switch::SwitchProgress;
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 
 use apply::ApplyItem;
 use effect::{Outbox, Purpose};
 use link::LinkNews;
+use orphans::Orphans;
+use overload::Watch;
 use primary::Primary;
 use roles::{StateChange, Transition};
 use secondary::{Secondary, TargetNews};
+use switch::PlannedSwitch;
 
 /// One volume of a group.
 #[derive(Clone, Debug)]
@@ -62,6 +75,8 @@ pub struct MirrorSettings {
     pub volumes: Vec<GroupVolume>,
     /// Bounds of the primary's RAM ring.
     pub ring: RingBudget,
+    /// Bytes of the spill file, whole pages; 0 if there is none.
+    pub spill_bytes: u64,
     /// A cut is closed when so much payload waits,
     pub cut_bytes: u64,
     /// or when its first record is so old.
@@ -72,6 +87,8 @@ pub struct MirrorSettings {
     pub intent_budget_regions: u64,
     /// A restarted primary opens its exports without having heard its partner after so long.
     pub start_grace: Duration,
+    /// What an operator may change.
+    pub policy: MirrorPolicy,
 }
 
 /// What a clean stop left behind.
@@ -81,6 +98,8 @@ pub struct CleanState {
     pub dirty: Vec<DirtyMap>,
     /// The target's committed tip as last acknowledged.
     pub committed: Option<Position>,
+    /// The records that are in order still; without it they are in the dirty maps.
+    pub journal: Option<KeptJournal>,
 }
 
 /// Cuts that a restart found in the redo log.
@@ -155,6 +174,9 @@ struct Mirror {
     retry_change_at: Option<Monotonic>,
     /// A restarted primary waits for its partner until then.
     grace_until: Option<Monotonic>,
+    planned: PlannedSwitch,
+    watch: Watch,
+    orphans: Orphans,
 }
 
 struct VolumeSlot {
@@ -228,7 +250,7 @@ impl Group {
             all.set_all(volume.size);
             dirty.push(all);
         }
-        opened.clean = Some(CleanState { dirty, committed: None });
+        opened.clean = Some(CleanState { dirty, committed: None, journal: None });
         self.attach_machine(settings, state, opened, None, now);
     }
 
@@ -256,18 +278,24 @@ impl Group {
             changing: None,
             retry_change_at: None,
             grace_until: grace_until.filter(|_| primary),
+            planned: PlannedSwitch::default(),
+            watch: Watch::default(),
+            orphans: Orphans::default(),
             settings,
             state,
         };
         if primary {
             mirror.redo = Some((redo.log, checkpoint));
-            let raised = mirror.state.clone();
-            mirror.machine =
-                Machine::Primary(Box::new(Primary::new(&mirror.settings, &raised, intents, clean, now)));
-            if let (true, Machine::Primary(primary)) = (restarted, &mut mirror.machine) {
-                primary.rpo.lose();
+            let clean = clean.map(|clean| clean.usable(&mirror.settings, &mirror.state));
+            let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, clean, now);
+            if restarted {
+                primary.rpo.lose_through(primary.last);
             }
-            mirror.changes.push_back(StateChange::Incarnation);
+            // One that continues a clean stop's journal is in the same incarnation still.
+            if !primary.admission_open {
+                mirror.changes.push_back(StateChange::Incarnation);
+            }
+            mirror.machine = Machine::Primary(Box::new(primary));
         } else {
             let completes = recovered.completes;
             let mut secondary = Secondary::new(redo.log, checkpoint, recovered);
@@ -275,6 +303,13 @@ impl Group {
             // A commit of the new lineage made it whole, though the note of that is missing.
             if secondary.tip().position.epoch == mirror.state.epoch {
                 mirror.state.diverged = false;
+            }
+            // So did its first commit end what this side gave up.
+            if mirror.state.relinquished.is_some_and(|tip| tip.position != secondary.tip().position) {
+                mirror.state.relinquished = None;
+            }
+            if mirror.state.diverged && mirror.state.relinquished.is_some() {
+                secondary.compare = switch::whole_volumes(&mirror.settings);
             }
             mirror.state.consistent |= completes;
             mirror.machine = Machine::Secondary(Box::new(secondary));
@@ -289,6 +324,8 @@ impl Group {
         let Some(mut mirror) = self.mirror.take() else {
             return;
         };
+        self.out.forget(kept::is_of_the_spill);
+        mirror.planned.end_offer("the mirror was deleted", &mut self.out);
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
@@ -303,6 +340,7 @@ impl Group {
             slot.config.mirrored = false;
             slot.volume.set_mirrored(false);
         }
+        self.relieve(now);
         self.present(now);
     }
 
@@ -434,7 +472,9 @@ impl Group {
                 volume.0
             ),
         );
-        if let Some(mirror) = &mut self.mirror {
+        self.give_up_switch("a flush failed", false);
+        // Before the role is given up everything was flushed, and nothing was written since.
+        if let Some(mirror) = self.mirror.as_mut().filter(|mirror| !mirror.planned.is_final()) {
             mirror.end_incarnation(volume, self.now, &mut self.out);
         }
     }
@@ -508,7 +548,7 @@ impl Group {
         let now = self.now;
         let data = self.sealed.get(&(volume, step)).cloned();
         match &mut self.mirror {
-            Some(Mirror { machine: Machine::Primary(primary), .. }) => {
+            Some(Mirror { machine: Machine::Primary(primary), planned, .. }) if !planned.is_final() => {
                 primary.admit(volume, step, device, content, data);
                 for (volume, step) in primary.poll_admitted(now, &mut self.out) {
                     self.admitted(volume, step, now);
@@ -543,6 +583,7 @@ impl Group {
     /// One turn of the mirror.
     fn turn(&mut self) {
         let (now, wall, stamp) = (self.now, self.wall, self.stamp);
+        self.spill_turn();
         let Some(mirror) = &mut self.mirror else { return };
         mirror.next_change(now, &mut self.out);
         let mut copies = Vec::new();
@@ -551,9 +592,11 @@ impl Group {
                 primary.dial_if_due(now, &mut self.out);
                 primary.compare_more(&mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
-                primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
-                copies = primary.plan_copies();
-                primary.clear_intent(&mirror.settings, now, &mut self.out);
+                if !mirror.planned.has_tip() {
+                    primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
+                    copies = primary.plan_copies();
+                    primary.clear_intent(&mirror.settings, now, &mut self.out);
+                }
                 primary.write_intent(&mut self.out);
             }
             Machine::Secondary(secondary) => {
@@ -568,6 +611,9 @@ impl Group {
         self.write_stored_intents();
         self.end_grace();
         self.transition_turn();
+        self.switch_turn();
+        self.watch();
+        self.orphans_turn();
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
@@ -602,11 +648,14 @@ impl Group {
         let volumes = self.volumes.iter().filter_map(|slot| slot.volume.poll_timeout());
         let mirror = self.mirror.iter().flat_map(|mirror| {
             let machine = match &mirror.machine {
+                Machine::Primary(_) if mirror.planned.has_tip() => None,
                 Machine::Primary(primary) => primary.poll_timeout(),
                 Machine::Secondary(secondary) => secondary.applying.poll_timeout(),
                 Machine::Changing(change) => change.poll_timeout(),
             };
-            [machine, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
+            let planned = mirror.planned.poll_timeout(mirror.is_changing());
+            let watch = mirror.watch.poll_timeout();
+            [machine, planned, watch, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
         });
         volumes.chain(mirror).min()
     }
@@ -621,6 +670,9 @@ impl Group {
 
     /// A session was opened at this side's wish.
     pub fn dialed(&mut self, session: SessionId) {
+        if self.offer_dialed(session) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), settings, state, .. }) => {
                 primary.dialed(session, settings, state, self.now, &mut self.out);
@@ -633,6 +685,7 @@ impl Group {
 
     /// No session could be opened.
     pub fn dial_failed(&mut self, reason: &str) {
+        self.offer_dial_failed(reason);
         if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
             primary.dial_failed(reason, self.now);
         }
@@ -678,6 +731,9 @@ impl Group {
     /// A control frame of an open session.
     pub fn message(&mut self, session: SessionId, message: Message) {
         let now = self.now;
+        if self.switch_message(session, &message) || self.orphan_message(session, &message) {
+            return;
+        }
         let Some(mirror) = &mut self.mirror else { return };
         match &mut mirror.machine {
             Machine::Primary(primary) if primary.is_session(session) => {
@@ -730,6 +786,9 @@ impl Group {
     /// A session ended.
     pub fn session_closed(&mut self, session: SessionId, reason: &str) {
         let now = self.now;
+        if self.offer_closed(session, reason) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), .. }) => {
                 primary.session_closed(session, reason, now, &mut self.out);
@@ -753,7 +812,16 @@ impl Group {
             Purpose::PersistState => self.state_persisted(result.err()),
             Purpose::Transition => self.transition_done(result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
+            Purpose::SpillWrite { .. } | Purpose::SpillRead { .. } | Purpose::SpillSync => {
+                self.spill_io(purpose, result)
+            }
             Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => self.primary_io(purpose, result),
+            Purpose::SwitchFlush { volume } => self.switch_flushed(volume, result.map(|_| ())),
+            Purpose::SwitchMark => self.switch_marked(result.map(|_| ())),
+            Purpose::OrphanHome { id } => self.orphan_home(id, result),
+            Purpose::OrphanRead { session, id, volume, range } => {
+                self.orphan_read(session, id, volume, range, &result);
+            }
             Purpose::HashRead { .. }
             | Purpose::InitialApply
             | Purpose::InitialFlush
@@ -819,8 +887,15 @@ impl Group {
             | Purpose::CopyRead { .. }
             | Purpose::CompareRead { .. }
             | Purpose::ClearFlush { .. }
+            | Purpose::SpillWrite { .. }
+            | Purpose::SpillRead { .. }
+            | Purpose::SpillSync
             | Purpose::PersistState
-            | Purpose::Transition => secondary.batch_done(ok, &mut self.out),
+            | Purpose::Transition
+            | Purpose::SwitchFlush { .. }
+            | Purpose::SwitchMark
+            | Purpose::OrphanHome { .. }
+            | Purpose::OrphanRead { .. } => secondary.batch_done(ok, &mut self.out),
         }
     }
 

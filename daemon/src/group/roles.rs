@@ -3,16 +3,18 @@
 //! A change of the group's state is on stable media before it is acted on. Hosts are withdrawn *before* a fence is
 //! made durable and presented *after* a promotion is: in between nobody writes.
 
-use block::{ByteRange, HostError, Monotonic, Position, VolumeIndex};
+use block::{ByteRange, Epoch, HostError, Monotonic, Position, Tip, VolumeIndex};
 use engine::StepId;
+use engine::dirty_map::DirtyMap;
 use engine::intent_map::IntentMap;
 use engine::volume::Volume;
 use journal::{Checkpoint, RedoLog};
 use protocol::{CompareRange, GroupState, Hello, Refuse, Role};
 
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose};
-use super::primary::{Gate, Link, Primary};
+use super::primary::{Gate, HaltedStart, Link, Primary};
 use super::secondary::Secondary;
+use super::switch::whole_volumes;
 use super::view::LossReport;
 use super::{CleanState, Group, Machine, Mirror, MirrorSettings, RecoveredCuts, VerbRefused};
 
@@ -36,10 +38,33 @@ pub(super) enum StateChange {
     Fence(Box<Refuse>),
     /// This side becomes the primary from this position on.
     Promote(Position),
+    /// An operator chose this primary in a fork: it begins the next epoch after this position.
+    Settle(Position),
+    /// This side gives its role up at this tip.
+    Relinquish(Tip),
     /// An operator stopped or started mirroring.
     Stopped(bool),
     /// An operator allowed the partner's blocks to be overwritten.
     Approve,
+}
+
+impl StateChange {
+    /// Where the lineage that this change brings left that of `epoch`.
+    pub(super) fn fork_above(&self, epoch: Epoch) -> Option<Position> {
+        match self {
+            Self::Adopt(state) => state.forks.iter().find(|fork| fork.epoch > epoch).map(|fork| fork.at),
+            Self::Fence(refuse) if refuse.epoch == epoch.next() => Some(refuse.fork),
+            Self::Fence(_)
+            | Self::Incarnation
+            | Self::NewIncarnation
+            | Self::Complete
+            | Self::Promote(_)
+            | Self::Settle(_)
+            | Self::Relinquish(_)
+            | Self::Stopped(_)
+            | Self::Approve => None,
+        }
+    }
 }
 
 /// A role change under way.
@@ -95,6 +120,8 @@ pub(super) fn secondary_reason(state: &GroupState) -> String {
             "this side is fenced: the partner was promoted in epoch {}; hosts must use the partner",
             state.epoch.0
         )
+    } else if state.relinquished.is_some() {
+        "this side gave its role to the partner: hosts must use the partner".to_owned()
     } else {
         "this side is the secondary of a mirror: hosts must use the primary".to_owned()
     }
@@ -127,7 +154,11 @@ impl Mirror {
     /// A change of the durable state waits or is on its way that ends this role.
     pub(super) fn is_changing(&self) -> bool {
         self.changes.iter().any(|change| match change {
-            StateChange::Adopt(_) | StateChange::Fence(_) | StateChange::Promote(_) => true,
+            StateChange::Adopt(_)
+            | StateChange::Fence(_)
+            | StateChange::Promote(_)
+            | StateChange::Settle(_)
+            | StateChange::Relinquish(_) => true,
             StateChange::Incarnation
             | StateChange::NewIncarnation
             | StateChange::Complete
@@ -181,12 +212,17 @@ impl Mirror {
             StateChange::Incarnation | StateChange::NewIncarnation => {
                 GroupState { incarnation: state.incarnation.next(), ..state }
             }
-            StateChange::Complete => {
-                GroupState { consistent: true, diverged: false, overwrite_approved: false, ..state }
-            }
+            StateChange::Complete => GroupState {
+                consistent: true,
+                diverged: false,
+                overwrite_approved: false,
+                relinquished: None,
+                ..state
+            },
             StateChange::Adopt(adopted) => (**adopted).clone(),
             StateChange::Fence(refuse) => state.fenced(refuse.epoch, refuse.origin, refuse.fork),
-            StateChange::Promote(tip) => state.promoted(self.settings.site, *tip),
+            StateChange::Promote(tip) | StateChange::Settle(tip) => state.promoted(self.settings.site, *tip),
+            StateChange::Relinquish(tip) => state.relinquishing(*tip),
             StateChange::Stopped(stopped) => GroupState { stopped: *stopped, ..state },
             StateChange::Approve => GroupState { overwrite_approved: true, stopped: false, ..state },
         }
@@ -235,11 +271,14 @@ impl Group {
         self.sealed.clear();
         self.presented = true;
         self.withdrawn_because.clear();
+        if let Some(mirror) = &mut self.mirror {
+            mirror.watch.volumes_replaced();
+        }
         self.out.push(Effect::Present);
     }
 
     /// Hosts are no longer served: what has not begun is refused.
-    fn withdraw(&mut self, reason: String) {
+    pub(super) fn withdraw(&mut self, reason: String) {
         let now = self.now;
         self.withdrawn_because.clone_from(&reason);
         if !self.presented {
@@ -283,6 +322,10 @@ impl Group {
     pub(super) fn fence(&mut self, change: StateChange) {
         let Some(mirror) = &mut self.mirror else { return };
         mirror.grace_until = None;
+        mirror.planned.overtaken();
+        if let Machine::Primary(primary) = &mirror.machine {
+            mirror.orphans.remember(primary, &change, self.now, self.stamp);
+        }
         mirror.changes.push_back(change);
         let opening = Machine::Changing(Box::new(Transition::Opening));
         match std::mem::replace(&mut mirror.machine, opening) {
@@ -294,23 +337,7 @@ impl Group {
                 mirror.intents = primary.volumes.into_iter().map(|volume| volume.intent).collect();
                 let stage = FenceStage::Persisting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage }));
-                self.out.forget(|purpose| match purpose {
-                    Purpose::CopyRead { .. } | Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => {
-                        true
-                    }
-                    Purpose::Intent { .. }
-                    | Purpose::HashRead { .. }
-                    | Purpose::InitialApply
-                    | Purpose::InitialFlush
-                    | Purpose::Apply
-                    | Purpose::ApplyFlush
-                    | Purpose::ApplyRead
-                    | Purpose::RedoWrite
-                    | Purpose::RedoSync
-                    | Purpose::Checkpoint
-                    | Purpose::PersistState
-                    | Purpose::Transition => false,
-                });
+                forget_primary(&mut self.out);
                 self.fail_steps(waiting, copies);
                 self.out.log(Loudness::Warn, "a higher epoch was heard: this side is fenced".to_owned());
                 self.withdraw(
@@ -321,7 +348,11 @@ impl Group {
         }
     }
 
-    fn fail_steps(&mut self, waiting: Vec<(VolumeIndex, StepId)>, copies: Vec<(VolumeIndex, StepId)>) {
+    pub(super) fn fail_steps(
+        &mut self,
+        waiting: Vec<(VolumeIndex, StepId)>,
+        copies: Vec<(VolumeIndex, StepId)>,
+    ) {
         let now = self.now;
         for (volume, step) in waiting {
             self.sealed.remove(&(volume, step));
@@ -365,7 +396,7 @@ impl Group {
                 primary.incarnated(&mirror.state);
                 self.admit_waiting(now);
             }
-            (StateChange::NewIncarnation, Machine::Primary(primary)) => {
+            (StateChange::NewIncarnation | StateChange::Settle(_), Machine::Primary(primary)) => {
                 primary.reincarnate(&mirror.settings, now, &mut self.out);
                 primary.incarnated(&mirror.state);
                 self.admit_waiting(now);
@@ -383,7 +414,14 @@ impl Group {
                 }
                 self.withdrawn_because = secondary_reason(&mirror.state);
             }
+            (StateChange::Adopt(_) | StateChange::Fence(_), Machine::Secondary(secondary)) => {
+                if mirror.state.diverged && mirror.state.relinquished.is_some() {
+                    secondary.compare = whole_volumes(&mirror.settings);
+                }
+                self.withdrawn_because = secondary_reason(&mirror.state);
+            }
             (StateChange::Promote(_), Machine::Changing(_)) => self.promoted(),
+            (StateChange::Relinquish(_), Machine::Primary(_)) => self.relinquished(),
             (StateChange::Stopped(true), Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "an operator stopped the mirror", &mut self.out);
             }
@@ -399,6 +437,8 @@ impl Group {
                 | StateChange::Adopt(_)
                 | StateChange::Fence(_)
                 | StateChange::Promote(_)
+                | StateChange::Settle(_)
+                | StateChange::Relinquish(_)
                 | StateChange::Stopped(_)
                 | StateChange::Approve,
                 Machine::Primary(_) | Machine::Secondary(_) | Machine::Changing(_),
@@ -406,7 +446,7 @@ impl Group {
         }
     }
 
-    fn admit_waiting(&mut self, now: Monotonic) {
+    pub(super) fn admit_waiting(&mut self, now: Monotonic) {
         let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror else {
             return;
         };
@@ -425,7 +465,9 @@ impl Group {
             return;
         };
         match &mut **change {
-            Transition::Fencing { stage } if *stage == FenceStage::Draining && drained => {
+            Transition::Fencing { stage }
+                if *stage == FenceStage::Draining && drained && !mirror.planned.is_marking() =>
+            {
                 *stage = FenceStage::Flushing { outstanding: volumes };
                 for index in 0..volumes {
                     let volume = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
@@ -508,6 +550,7 @@ impl Group {
         let clean = CleanState::default();
         let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, Some(clean), now);
         primary.admission_open = true;
+        primary.volumes.iter_mut().for_each(|volume| volume.own = Some(DirtyMap::default()));
         let Secondary { log, checkpoint, .. } = *secondary;
         mirror.redo = Some((log, checkpoint));
         mirror.machine = Machine::Primary(Box::new(primary));
@@ -542,27 +585,56 @@ impl Group {
     /// If this side is not the primary.
     pub fn stop(&mut self) -> Result<(), VerbRefused> {
         let mirror = self.mirror_in_role("stop")?;
+        if mirror.planned.is_running() {
+            return Err(VerbRefused("a switch is under way: look at 'farshore mirror show'".to_owned()));
+        }
         if !mirror.state.stopped {
             mirror.changes.push_back(StateChange::Stopped(true));
         }
         Ok(())
     }
 
+    /// An operator chose this side in a fork. Its epoch rises, so that the partner hears of it, fences itself and keeps
+    /// what it wrote until another `start`; what either side wrote since the fork is compared.
+    fn settle_fork(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        if let Machine::Primary(primary) = &mut mirror.machine {
+            // Nothing is said to the partner and no sequence taken before the new epoch is durable.
+            primary.close(Link::Stopped, "the fork is being settled", &mut self.out);
+            primary.admission_open = false;
+            mirror.changes.push_back(StateChange::Settle(primary.position()));
+            let text = "an operator chose this side in the fork: it begins the next epoch".to_owned();
+            self.out.log(Loudness::Warn, text);
+        }
+    }
+
     /// `mirror start`: mirroring goes on; what waits for an operator is allowed. With `local`, a restarted primary
-    /// opens its exports without waiting for its partner.
+    /// opens its exports without waiting for its partner, and a fork is settled in favour of this side.
     ///
     /// # Errors
-    /// If this side is not the primary.
+    /// If this side is not the primary, or a fork is to be settled and no side was chosen.
     pub fn start(&mut self, local: bool) -> Result<(), VerbRefused> {
         let now = self.now;
         let mirror = self.mirror_in_role("start")?;
         let Machine::Primary(primary) = &mirror.machine else {
             return Ok(());
         };
-        let halted = matches!(primary.link, Link::Halted { .. });
-        if primary.gate != Gate::Open || matches!(primary.link, Link::Halted { overwrites: true, .. }) {
+        let halted = match &primary.link {
+            Link::Halted { start: HaltedStart::Settles, reason } if !local => {
+                return Err(VerbRefused(reason.clone()));
+            }
+            Link::Halted { start, .. } => Some(*start),
+            Link::Down { .. }
+            | Link::Dialing { .. }
+            | Link::Greeting { .. }
+            | Link::Up { .. }
+            | Link::Stopped => None,
+        };
+        if halted == Some(HaltedStart::Settles) {
+            self.settle_fork();
+        } else if primary.gate != Gate::Open || halted == Some(HaltedStart::Overwrites) {
             mirror.changes.push_back(StateChange::Approve);
-        } else if mirror.state.stopped || halted {
+        } else if mirror.state.stopped || halted.is_some() {
             mirror.changes.push_back(StateChange::Stopped(false));
         }
         if local && !self.presented {
@@ -578,7 +650,7 @@ impl Group {
         Ok(())
     }
 
-    fn mirror_in_role(&mut self, verb: &str) -> Result<&mut Mirror, VerbRefused> {
+    pub(super) fn mirror_in_role(&mut self, verb: &str) -> Result<&mut Mirror, VerbRefused> {
         let Some(mirror) = &mut self.mirror else {
             return Err(VerbRefused("the volume has no mirror".to_owned()));
         };
@@ -637,33 +709,47 @@ impl Group {
         if mirror.is_changing() {
             return Err(VerbRefused("the mirror is changing its role already".to_owned()));
         }
+        if let Some(reason) = mirror.cannot_take_back() {
+            return Err(VerbRefused(reason));
+        }
+        self.begin_promotion("this side is being promoted");
+        Ok(report)
+    }
+
+    /// A secondary begins to become the primary at its durable tip.
+    pub(super) fn begin_promotion(&mut self, reason: &str) {
+        let Some(mirror) = &mut self.mirror else { return };
         let opening = Machine::Changing(Box::new(Transition::Opening));
         match std::mem::replace(&mut mirror.machine, opening) {
             Machine::Secondary(mut secondary) => {
-                secondary.halt("this side is being promoted", &mut self.out);
+                secondary.halt(reason, &mut self.out);
                 let stage = PromoteStage::Quieting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Promoting { secondary, stage }));
             }
             other @ (Machine::Primary(_) | Machine::Changing(_)) => mirror.machine = other,
         }
-        Ok(report)
     }
 
     /// Stops serving hosts for a clean stop of the daemon; `stopped_cleanly` says when nothing is in flight.
     pub fn drain(&mut self) {
+        self.give_up_switch("farshored is stopping", true);
         self.withdraw("farshored is stopping".to_owned());
+        if let Some(mirror) = &mut self.mirror {
+            mirror.planned.end_offer("farshored is stopping", &mut self.out);
+        }
         match self.mirror.as_mut().map(|mirror| &mut mirror.machine) {
             Some(Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+                primary.keep_journal();
             }
             Some(Machine::Secondary(secondary)) => secondary.halt("the secondary is stopping", &mut self.out),
             Some(Machine::Changing(_)) | None => {}
         }
     }
 
-    /// True if no host command and no copy is in flight.
+    /// True if no host command and no copy is in flight, and a stopping primary has put its journal away.
     pub fn is_drained(&self) -> bool {
-        self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
+        !self.is_keeping() && self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
     }
 
     /// What the next start needs to know of a drained primary; `None` if it must compare instead.
@@ -679,7 +765,7 @@ impl Group {
 }
 
 impl Mirror {
-    fn become_secondary(&mut self, out: &mut Outbox) {
+    pub(super) fn become_secondary(&mut self, out: &mut Outbox) {
         let Some((log, checkpoint)) = self.redo.take() else {
             return;
         };
@@ -698,6 +784,34 @@ impl Mirror {
         assert_eq!(self.state.role, Role::Secondary, "the fence is durable");
         out.log(Loudness::Info, format!("this side is the secondary of epoch {}", self.state.epoch.0));
     }
+}
+
+/// What only a primary asked for is not wanted any more.
+pub(super) fn forget_primary(out: &mut Outbox) {
+    out.forget(|purpose| match purpose {
+        Purpose::CopyRead { .. }
+        | Purpose::CompareRead { .. }
+        | Purpose::ClearFlush { .. }
+        | Purpose::OrphanRead { .. }
+        | Purpose::SpillWrite { .. }
+        | Purpose::SpillRead { .. }
+        | Purpose::SpillSync
+        | Purpose::SwitchFlush { .. } => true,
+        Purpose::Intent { .. }
+        | Purpose::HashRead { .. }
+        | Purpose::InitialApply
+        | Purpose::InitialFlush
+        | Purpose::Apply
+        | Purpose::ApplyFlush
+        | Purpose::ApplyRead
+        | Purpose::RedoWrite
+        | Purpose::RedoSync
+        | Purpose::Checkpoint
+        | Purpose::PersistState
+        | Purpose::Transition
+        | Purpose::OrphanHome { .. }
+        | Purpose::SwitchMark => false,
+    });
 }
 
 fn clear_all(intent: &mut IntentMap) {

@@ -8,7 +8,7 @@ use protocol::{JournalTier, MirrorState, Role};
 
 use super::primary::{Gate, Link, Primary};
 use super::secondary::Secondary;
-use super::{Group, Machine};
+use super::{Group, Machine, Pressure};
 
 /// What a forced failover loses.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -69,6 +69,10 @@ pub struct MirrorSnapshot {
     pub needs_start: bool,
     /// Payload bytes held in memory for the mirror.
     pub memory: ByteCount,
+    /// Bytes of the spill file in use.
+    pub spilled: ByteCount,
+    /// How far behind the target is, and what is done about it.
+    pub pressure: Pressure,
 }
 
 /// A volume's counters as the group knows them.
@@ -99,7 +103,7 @@ impl Group {
     pub fn mirror_snapshot(&self) -> Option<MirrorSnapshot> {
         let mirror = self.mirror.as_ref()?;
         let consistent = mirror.state.consistent;
-        Some(match &mirror.machine {
+        let snapshot = match &mirror.machine {
             Machine::Primary(primary) => primary.snapshot(consistent, self.now),
             Machine::Secondary(secondary) => {
                 secondary.snapshot(consistent, mirror.state.diverged, self.stamp)
@@ -125,8 +129,12 @@ impl Group {
                 bad: ByteCount(0),
                 needs_start: false,
                 memory: ByteCount(0),
+                spilled: ByteCount(0),
+                pressure: Pressure::default(),
             },
-        })
+        };
+        let reason = mirror.offered_reason().or(snapshot.reason);
+        Some(MirrorSnapshot { reason, pressure: mirror.watch.pressure(), ..snapshot })
     }
 
     /// The sequence of a host's write that is on its way home.
@@ -197,13 +205,19 @@ impl Primary {
             rpo: known.then(|| self.rpo.rpo(now)),
             rpo_is_bound: self.rpo.is_bound(),
             backlog: self.backlog(),
-            tier: if folded { JournalTier::DirtyMap } else { JournalTier::Ring },
+            tier: match (folded, self.spill.is_pending()) {
+                (true, _) => JournalTier::DirtyMap,
+                (false, true) => JournalTier::Spill,
+                (false, false) => JournalTier::Ring,
+            },
             resync_remaining: copying.then_some(ByteCount(remaining)),
             orphaned: self.orphaned,
             bad: ByteCount(self.volumes.iter().map(|volume| volume.bad.count().bytes().0).sum()),
             needs_start: self.gate == Gate::Approval
                 || matches!(self.link, Link::Halted { .. } | Link::Stopped),
-            memory: ByteCount(self.ring.bytes()),
+            memory: ByteCount(self.ring.bytes() + self.spill.held_bytes()),
+            spilled: ByteCount(self.spill.space.used_bytes()),
+            pressure: Pressure::default(),
         }
     }
 }
@@ -253,7 +267,9 @@ impl Secondary {
             orphaned,
             bad: ByteCount(0),
             needs_start: waiting,
+            spilled: ByteCount(0),
             memory: ByteCount(self.queue.iter().map(|item| item.placement.length).sum::<u64>().min(64 << 20)),
+            pressure: Pressure::default(),
         }
     }
 }

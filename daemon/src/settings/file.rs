@@ -51,7 +51,7 @@ settings_file! {
     nbd_key_file: PathBuf,
     /// The CAs that sign hosts' certificates (PEM). Default: none; hosts are then not asked for a certificate.
     nbd_client_ca_file: PathBuf,
-    /// The most established connections of hosts, 1 to 65536. Default 1024.
+    /// The most established connections of hosts, 1 to 16384. Default 1024.
     nbd_connections_max: NonZeroU32,
     /// How long a host may hold memory that other hosts wait for without moving bytes, 1 to 86400. Default 30.
     nbd_stall_seconds: u64,
@@ -71,6 +71,9 @@ settings_file! {
     mirrored_iops_per_tib: Vec<NonZeroU32>,
     /// The budget of a mirror's ring, at least four cuts. Default 64 MiB.
     ring_bytes: u64,
+    /// The size of a mirror's spill file: what the ring has no room for, in order, before the dirty map; a multiple of
+    /// 4096 from 64 MiB, or 0 for none. Default 8 GiB; with `--dev` 256 MiB.
+    spill_bytes: u64,
     /// The budget of received payloads of a shard. Default 256 MiB.
     receive_pool_bytes: u64,
     /// The longest time between two cuts, 1 to 1000. Default 50.
@@ -87,6 +90,8 @@ settings_file! {
     intent_budget_bytes: u64,
     /// How long a restarted primary waits for its partner before it opens its exports. Default 30.
     start_grace_seconds: u64,
+    /// How long hosts' writes wait under `--overload stop` before they are refused, 0 to 300. Default 10.
+    overload_hold_seconds: u64,
     /// The RPO budget of a mirror created without one. Default 900.
     rpo_seconds: NonZeroU32,
     /// The pools, as name = folder. Default: `default`, the folder `pool` in `data_dir`.
@@ -109,6 +114,7 @@ impl SettingsFile {
             site,
             data_dir: Some(directory.to_owned()),
             minimum_size_bytes: Some(1 << 20),
+            spill_bytes: Some(256 << 20),
             redo_segment_bytes: Some(32 << 20),
             redo_segments: NonZeroU32::new(16),
             ..Self::default()
@@ -142,6 +148,7 @@ impl From<&Settings> for SettingsFile {
             minimum_size_bytes: Some(settings.minimum_size.0),
             mirrored_iops_per_tib: Some(settings.mirrored_iops_per_tib.clone()),
             ring_bytes: Some(settings.ring.0),
+            spill_bytes: Some(settings.spill.0),
             receive_pool_bytes: Some(settings.receive_pool.0),
             cut_interval_milliseconds: Some(milliseconds),
             cut_bytes: Some(settings.cut.0),
@@ -150,6 +157,7 @@ impl From<&Settings> for SettingsFile {
             intent_region_bytes: Some(settings.intent_region.0),
             intent_budget_bytes: Some(settings.intent_budget.0),
             start_grace_seconds: Some(settings.start_grace.as_secs()),
+            overload_hold_seconds: Some(settings.overload_hold.as_secs()),
             rpo_seconds: Some(settings.rpo_seconds),
             pools: Some(settings.pools.clone()),
             classes: Some(classes.collect()),

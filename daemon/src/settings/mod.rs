@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -88,6 +89,8 @@ pub struct Settings {
     pub mirrored_iops_per_tib: Vec<NonZeroU32>,
     /// The budget of a mirror's ring.
     pub ring: ByteCount,
+    /// The size of a mirror's spill file; 0 for none.
+    pub spill: ByteCount,
     /// The budget of received payloads of a shard.
     pub receive_pool: ByteCount,
     /// The longest time between two cuts.
@@ -104,6 +107,8 @@ pub struct Settings {
     pub intent_budget: ByteCount,
     /// How long a restarted primary waits for its partner before it opens its exports.
     pub start_grace: Duration,
+    /// How long hosts' writes wait under `--overload stop` before they are refused.
+    pub overload_hold: Duration,
     /// The RPO budget of a mirror created without one.
     pub rpo_seconds: NonZeroU32,
 }
@@ -222,6 +227,7 @@ impl Settings {
             minimum_size: bytes(file.minimum_size_bytes, 500 << 30),
             mirrored_iops_per_tib: file.mirrored_iops_per_tib.unwrap_or_else(mirrored),
             ring: bytes(file.ring_bytes, 64 * MIB),
+            spill: bytes(file.spill_bytes, 8 << 30),
             receive_pool: bytes(file.receive_pool_bytes, 256 * MIB),
             cut_interval: Duration::from_millis(file.cut_interval_milliseconds.unwrap_or(50)),
             cut: bytes(file.cut_bytes, MIB),
@@ -230,6 +236,7 @@ impl Settings {
             intent_region: bytes(file.intent_region_bytes, MIB),
             intent_budget: bytes(file.intent_budget_bytes, 256 << 30),
             start_grace: Duration::from_secs(file.start_grace_seconds.unwrap_or(30)),
+            overload_hold: Duration::from_secs(file.overload_hold_seconds.unwrap_or(10)),
             rpo_seconds: file.rpo_seconds.unwrap_or(RPO_SECONDS_DEFAULT),
             data_dir,
         };
@@ -263,6 +270,10 @@ impl Settings {
         between("nbd_listen", u64::try_from(self.nbd_listen.len()).unwrap_or(u64::MAX), 1, 16)?;
         for listener in &self.nbd_listen {
             match &listener.address {
+                NbdAddress::Unix(path) if path.as_os_str().as_bytes().contains(&b',') => {
+                    let advice = "a Unix socket's path has no comma here, as ',tls=MODE' may follow it; choose another";
+                    return Err(refuse("nbd_listen", &listener.address, advice));
+                }
                 NbdAddress::Unix(path) => check_socket("nbd_listen", path)?,
                 NbdAddress::Tcp(address)
                     if address.ip().is_loopback()
@@ -287,13 +298,18 @@ impl Settings {
         between("cut_bytes", self.cut.0, 64 << 10, 16 * MIB)?;
         // A ring must hold the cut that is on its way and the one that fills.
         between("ring_bytes", self.ring.0, self.cut.0.saturating_mul(4), 1 << 40)?;
+        if self.spill.0 > 0 {
+            between("spill_bytes", self.spill.0, 64 * MIB, 1 << 44)?;
+        }
         between("receive_pool_bytes", self.receive_pool.0, 4 * MIB, 1 << 40)?;
         between("redo_segment_bytes", self.redo_segment.0, self.cut.0.saturating_mul(4), 16 << 30)?;
         between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
         between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
-        between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 65_536)?;
+        // All may be of one shard, whose request numbers have 24 bits.
+        between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 16_384)?;
         between("nbd_stall_seconds", self.nbd_stall.as_secs(), 1, 86_400)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
+        between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
         between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;
         if !self.intent_region.0.is_power_of_two() {
@@ -303,6 +319,7 @@ impl Settings {
             ("minimum_size_bytes", self.minimum_size),
             ("redo_segment_bytes", self.redo_segment),
             ("cut_bytes", self.cut),
+            ("spill_bytes", self.spill),
         ] {
             if !value.0.is_multiple_of(DATA_UNIT_BYTES) {
                 return Err(refuse(key, value.0, "give a multiple of 4096"));

@@ -15,8 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::tls::TlsSession;
 use crate::group::{
-    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorSettings, MirrorSnapshot, OpenedMirror,
-    VerbRefused, VolumeSnapshot,
+    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings, MirrorSnapshot,
+    OpenedMirror, OrphanProgress, SwitchProgress, VerbRefused, VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -56,13 +56,15 @@ pub struct HostConnection {
     pub place: OwnedSemaphorePermit,
 }
 
-/// The files of a mirror's redo log.
+/// The files of a mirror's redo log and spill.
 #[derive(Clone)]
 pub struct RedoFiles {
     /// Segment files in the order of their index.
     pub segments: Vec<File>,
     /// The two checkpoint slots.
     pub checkpoint: File,
+    /// The spill file, if there is one.
+    pub spill: Option<File>,
 }
 
 /// What a new group starts as.
@@ -99,6 +101,12 @@ pub enum Verb {
     Loss,
     /// Promote this side.
     Failover,
+    /// Give the role to the partner.
+    Switch,
+    /// Do from now on what an operator wants of the mirror.
+    Policy(MirrorPolicy),
+    /// Find the writes that the new primary never had.
+    Orphans,
 }
 
 /// A group as operators see it.
@@ -113,6 +121,8 @@ pub struct GroupSnapshot {
     pub mirror: Option<MirrorSnapshot>,
     /// Its durable state.
     pub state: Option<GroupState>,
+    /// How far the last switch that was ordered here is.
+    pub switch: SwitchProgress,
 }
 
 /// The outcome of a verb.
@@ -156,6 +166,13 @@ pub enum ShardCommand {
         key: GroupKey,
         /// In index order.
         ciphers: Vec<Arc<VolumeCipher>>,
+    },
+    /// The keys that a group asked for are open, behind [`Self::Unlock`], or why not.
+    Unlocked {
+        /// Which group.
+        key: GroupKey,
+        /// The outcome.
+        result: Result<(), String>,
     },
     /// A host's connection after its handshake.
     Connect {
@@ -227,6 +244,13 @@ pub enum ShardCommand {
         /// The answer; dropped if the group is unknown.
         done: oneshot::Sender<GroupSnapshot>,
     },
+    /// What did the search for orphans find?
+    OrphanProgress {
+        /// Which group.
+        key: GroupKey,
+        /// The answer; dropped if the group is unknown.
+        done: oneshot::Sender<OrphanProgress>,
+    },
     /// Stop serving hosts; answered when everything in flight ended, with each primary's clean state.
     Drain {
         /// The answer.
@@ -249,6 +273,8 @@ pub enum ShardNews {
         /// What to store.
         state: Box<GroupState>,
     },
+    /// Open the keys of the group's volumes, then answer with [`ShardCommand::Unlocked`].
+    Unlock(GroupKey),
     /// Hosts may open the group's volumes.
     Presented(GroupKey),
     /// Hosts may not, for this reason.

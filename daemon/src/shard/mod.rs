@@ -409,6 +409,9 @@ impl Shard {
                     volume.files.cipher = Some(cipher);
                 }
             }),
+            ShardCommand::Unlocked { key, result } => {
+                self.with_group(key, |served, _| served.group.unlocked(result));
+            }
             ShardCommand::Connect { key, volume, connection } => self.connect(key, volume, *connection),
             ShardCommand::Access { key, volume, access } => self.apply_access(key, volume, &access),
             ShardCommand::Resize { key, volume, size, limit } => {
@@ -423,6 +426,9 @@ impl Shard {
             }
             ShardCommand::Verb { key, verb, done } => self.verb(key, verb, done),
             ShardCommand::Snapshot { key, done } => self.snapshot(key, done),
+            ShardCommand::OrphanProgress { key, done } => self.with_group(key, |served, _| {
+                let _ = done.send(served.group.orphan_progress());
+            }),
             ShardCommand::Drain { done } => self.drain(done),
             ShardCommand::Stop => self.stopping = true,
         }
@@ -499,6 +505,9 @@ impl Shard {
                 Verb::Start { local } => served.group.start(local).map(|()| None),
                 Verb::Loss => served.group.loss().map(Some),
                 Verb::Failover => served.group.failover().map(Some),
+                Verb::Switch => served.group.switch().map(|()| None),
+                Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
+                Verb::Orphans => served.group.search_orphans().map(|()| None),
             };
             let _ = done.send(result);
         });
@@ -533,6 +542,7 @@ impl Shard {
             volumes,
             mirror: served.group.mirror_snapshot(),
             state: served.group.mirror_state().cloned(),
+            switch: served.group.switch_progress(),
         });
     }
 

@@ -70,6 +70,18 @@ fn describe_mirrors() {
         "Age of the oldest write the target lacks."
     );
     describe_gauge!("farshore_mirror_rpo_budget_seconds", Unit::Seconds, "The RPO budget.");
+    describe_gauge!(
+        "farshore_mirror_rpo_alert_percent",
+        "Part of the RPO budget, in percent, for which an alert stands: 0, 50, 80 or 100."
+    );
+    describe_gauge!(
+        "farshore_mirror_limit_lowered_percent",
+        "By how many percent the hosts' limits are lowered (policy pace)."
+    );
+    describe_gauge!(
+        "farshore_mirror_host_writes",
+        "1 for what hosts' writes meet (policy stop), 0 for the others."
+    );
     describe_gauge!("farshore_mirror_backlog_bytes", Unit::Bytes, "Bytes that the target lacks.");
     describe_gauge!("farshore_mirror_state", "1 for the state the mirror is in, 0 for the others.");
     describe_gauge!("farshore_mirror_tier", "1 for the journal tier in use, 0 for the others.");
@@ -131,6 +143,15 @@ async fn refresh(site: &Site) {
         gauge!("farshore_mirror_backlog_bytes", "mirror" => mirror()).set(approximate(view.backlog_bytes));
         gauge!("farshore_mirror_connected", "mirror" => mirror()).set(flag(view.connected));
         gauge!("farshore_mirror_ring_bytes", "mirror" => mirror()).set(approximate(view.memory.ring_bytes));
+        gauge!("farshore_mirror_spill_bytes", "mirror" => mirror()).set(approximate(view.memory.spill_bytes));
+        gauge!("farshore_mirror_rpo_alert_percent", "mirror" => mirror())
+            .set(f64::from(view.pressure.rpo_alert_percent));
+        gauge!("farshore_mirror_limit_lowered_percent", "mirror" => mirror())
+            .set(f64::from(view.pressure.limit_lowered_percent));
+        for writes in control::HostWrites::ALL {
+            gauge!("farshore_mirror_host_writes", "mirror" => mirror(), "writes" => writes.as_str())
+                .set(flag(*writes == view.pressure.host_writes));
+        }
         for state in control::MirrorState::ALL {
             gauge!("farshore_mirror_state", "mirror" => mirror(), "state" => state.as_str())
                 .set(flag(*state == view.state));

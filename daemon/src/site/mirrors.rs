@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
-use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, VolumeAccess};
+use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, TlsRule, VolumeAccessChange};
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
 use store::File;
@@ -24,7 +24,7 @@ use crate::shard::{GroupKey, GroupSnapshot, MirroredStart, RedoFiles, ShardComma
 
 /// A promotion applies what is committed first; a long redo log takes its time.
 const FAILOVER_LIMIT: Duration = Duration::from_secs(300);
-const POLL: Duration = Duration::from_millis(10);
+pub(super) const POLL: Duration = Duration::from_millis(10);
 
 /// The new files of a mirror on one side.
 struct MirrorFiles {
@@ -76,7 +76,8 @@ impl Site {
         }
         let made: (RedoFiles, Recovered, Checkpoint) =
             files::create_redo(folder, mirror, self.redo_config()?, state)?;
-        let (redo, recovered, checkpoint) = made;
+        let (mut redo, recovered, checkpoint) = made;
+        redo.spill = files::open_spill(folder, self.settings.spill)?;
         files::sync_folder(folder)?;
         Ok((intents, redo, files::opened(maps, None, recovered, checkpoint)))
     }
@@ -94,13 +95,6 @@ impl Site {
             );
             problem(ProblemKind::NotFound, detail)
         })?;
-        if create.overload != Overload::Bitmap {
-            let detail = format!(
-                "mirror '{name}' cannot have the policy '{}': this version has --overload bitmap only",
-                create.overload
-            );
-            return Err(problem(ProblemKind::Refused, detail));
-        }
         if self.catalogue().mirror(name).is_some() {
             let detail = format!("mirror '{name}' exists already: choose another name or delete it first");
             return Err(problem(ProblemKind::Conflict, detail));
@@ -191,7 +185,7 @@ impl Site {
             Ok(made)
         });
         let MirrorFiles { intents, redo, opened, .. } = made.await.map_err(internal)??;
-        let settings = self.mirror_settings(mirror.id, &volumes);
+        let settings = self.mirror_settings(mirror, &volumes);
         let start = MirroredStart { settings, state, opened, redo };
         match keys.as_slice() {
             [key] => {
@@ -233,7 +227,7 @@ impl Site {
                 cipher: Some(self.unlock(volume)?),
             });
         }
-        start.opened.clean = Some(CleanState { dirty, committed: None });
+        start.opened.clean = Some(CleanState { dirty, committed: None, journal: None });
         for key in keys {
             self.end_group(*key).await?;
         }
@@ -329,10 +323,17 @@ impl Site {
             class: volume.class.clone(),
             iops: volume.iops.map(to_iops),
             cache: Cache::None,
-            access: VolumeAccess::default(),
+            access: super::access::to_access(&volume.access).map_err(mismatch)?,
             wrapped_key: volume.wrapped_key.clone(),
             pool,
+            revision: 0,
         };
+        let access = record.access.clone();
+        let tls = access.tls_required.then_some(TlsRule::Required);
+        let change = VolumeAccessChange { allow: access.hosts, tls, ..VolumeAccessChange::default() };
+        if let Some(reason) = self.unreachable_by(&change) {
+            tracing::warn!(volume = %record.name, "after a failover here no host could open the replica: {reason}");
+        }
         self.allocate_volume(&record)
             .map_err(|error| (RefusalCode::NoSpace, format!("site '{here}': {error}")))?;
         Ok(record)
@@ -358,6 +359,7 @@ impl Site {
             partner: partner.clone(),
             mode: MirrorMode::Async,
             rpo_seconds: rpo.unwrap_or(self.settings.rpo_seconds),
+            // Policies that touch hosts are a site's own: an operator sets them where hosts are.
             overload: Overload::default(),
             volumes: volumes.iter().map(|volume| volume.id).collect(),
             group: group_record(&state),
@@ -374,7 +376,7 @@ impl Site {
             let name = volume.name.to_string();
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: Some(intent), cipher: None });
         }
-        let settings = self.mirror_settings(mirror.id, volumes);
+        let settings = self.mirror_settings(&mirror, volumes);
         let start = MirroredStart { settings, state, opened: made.opened, redo: made.redo };
         self.add_mirrored(&mirror, volumes, volume_files, start);
         Ok(())
@@ -478,7 +480,7 @@ impl Site {
         Ok(())
     }
 
-    fn unlock_group(&self, mirror: &MirrorRecord, key: GroupKey) -> Result<(), OperationError> {
+    pub(super) fn unlock_group(&self, mirror: &MirrorRecord, key: GroupKey) -> Result<(), OperationError> {
         let volumes = self.mirror_volumes(mirror)?;
         let ciphers: Result<Vec<_>, _> = volumes.iter().map(|volume| self.unlock(volume)).collect();
         self.shard_of(key).send(ShardCommand::Unlock { key, ciphers: ciphers? });
@@ -550,6 +552,7 @@ fn to_mirror_volume(volume: &VolumeRecord) -> MirrorVolume {
             IopsLimit::PerSecond(limit) => limit.get(),
         }),
         wrapped_key: volume.wrapped_key.clone(),
+        access: super::access::to_mirror_access(&volume.access),
     }
 }
 

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorStart, MirrorView, PartnerAdd, PartnerView,
-    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeCreate,
-    VolumeResize, VolumeView,
+    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView,
+    OrphansRequest, OrphansView, PartnerAdd, PartnerView, ProblemKind, RecoveryPoint, Side, StatusView,
+    Timestamp, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -47,7 +47,7 @@ impl Site {
         })
     }
 
-    fn known_mirror(&self, name: &VolumeName) -> Outcome<(MirrorRecord, GroupKey)> {
+    pub(super) fn known_mirror(&self, name: &VolumeName) -> Outcome<(MirrorRecord, GroupKey)> {
         let mirror = self.catalogue().mirror(name).ok_or_else(|| {
             problem(
                 ProblemKind::NotFound,
@@ -128,6 +128,7 @@ impl Site {
                 Some(name) => format!("volume '{name}' is not served: {trouble}"),
                 None => trouble.clone(),
             })
+            .chain(names.iter().filter_map(|volume| self.untold_of(volume.id)))
             .chain(self.descriptors_wanted().shortage())
             .chain(self.removals.running())
             .collect()
@@ -173,15 +174,15 @@ impl Operations for Operator {
         self.resize_volume(&name, resize).await
     }
 
-    async fn volume_access(&self, name: VolumeName) -> Outcome<VolumeAccess> {
-        Ok(self.known_volume(&name)?.access)
+    async fn volume_access(&self, name: VolumeName) -> Outcome<VolumeAccessView> {
+        Ok(self.access_view(&self.known_volume(&name)?))
     }
 
     async fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> Outcome<VolumeAccess> {
+    ) -> Outcome<VolumeAccessView> {
         let _changing = self.changes.lock().await;
         self.change_access(&name, change).await
     }
@@ -264,6 +265,11 @@ impl Operations for Operator {
         self.mirror_view(&mirror).await
     }
 
+    async fn mirror_set(&self, name: VolumeName, set: MirrorSet) -> Outcome<MirrorView> {
+        let _changing = self.changes.lock().await;
+        self.set_mirror_policy(&name, set).await
+    }
+
     async fn mirror_stop(&self, name: VolumeName) -> Outcome<MirrorView> {
         let (mirror, key) = self.known_mirror(&name)?;
         self.verb(key, Verb::Stop).await?;
@@ -295,6 +301,18 @@ impl Operations for Operator {
             seconds_lost: report.lost_at_most.unwrap_or_default().as_secs_f64(),
             seconds_lost_bound: true,
         })
+    }
+
+    async fn mirror_switch(&self, name: VolumeName) -> Outcome<MirrorView> {
+        // Not held while it goes on: the role may have to be taken back meanwhile.
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.switch_group(&mirror, key).await?;
+        self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_orphans(&self, name: VolumeName, orphans: OrphansRequest) -> Outcome<OrphansView> {
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.find_orphans(&mirror, key, orphans).await
     }
 
     async fn mirror_delete(&self, name: VolumeName) -> Outcome<()> {

@@ -108,10 +108,13 @@ impl Site {
                 .map(|remaining| ResyncView { remaining_bytes: remaining.0, eta_seconds: None }),
             orphaned_bytes: view.orphaned.0,
             overload: mirror.overload,
+            pressure: super::policy::pressure_view(view.pressure),
             memory: MirrorMemory {
                 ring_bytes: view.memory.0,
                 ring_bytes_max: self.settings.ring.0,
                 map_bytes: 0,
+                spill_bytes: view.spilled.0,
+                spill_bytes_max: self.settings.spill.0,
             },
             volumes: self.mirror_volumes(mirror)?.into_iter().map(|volume| volume.name).collect(),
             partner: mirror.partner.clone(),

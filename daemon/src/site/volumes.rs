@@ -123,14 +123,10 @@ impl Site {
         self.shard_of(key).send(ShardCommand::Add { key, files, start });
     }
 
-    pub(super) fn mirror_settings(
-        &self,
-        mirror: block::MirrorId,
-        volumes: &[VolumeRecord],
-    ) -> MirrorSettings {
+    pub(super) fn mirror_settings(&self, mirror: &MirrorRecord, volumes: &[VolumeRecord]) -> MirrorSettings {
         let settings = &self.settings;
         MirrorSettings {
-            mirror,
+            mirror: mirror.id,
             site: self.catalogue().site(),
             volumes: volumes.iter().map(|volume| self.group_volume(volume)).collect(),
             ring: journal::RingBudget {
@@ -138,11 +134,13 @@ impl Site {
                 // A record without payload costs about as much memory as its header; 64 Ki of them stay below 8 MiB.
                 records_max: 1 << 16,
             },
+            spill_bytes: settings.spill.0,
             cut_bytes: settings.cut.0,
             cut_interval: settings.cut_interval,
             region_bytes: settings.intent_region.0,
             intent_budget_regions: settings.intent_budget.0 / settings.intent_region.0,
             start_grace: settings.start_grace,
+            policy: self.mirror_policy(mirror),
         }
     }
 
@@ -180,10 +178,17 @@ impl Site {
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: Some(intent), cipher });
         }
         let folder = files::mirror_folder(&self.settings.data_dir, mirror.id);
-        let (redo, recovered, checkpoint) = files::open_redo(&folder, mirror.id)?;
+        let (mut redo, recovered, checkpoint) = files::open_redo(&folder, mirror.id)?;
+        redo.spill = files::open_spill(&folder, self.settings.spill).unwrap_or_else(|error| {
+            tracing::warn!(%error, mirror = %mirror.name, "the mirror goes on without its spill file");
+            None
+        });
         let clean = clean::take(&folder, mirror.id, &state, &self.sizes(mirror))?.filter(|_| !mirror.rebuilt);
         let opened = files::opened(intents, clean, recovered, checkpoint);
-        let settings = self.mirror_settings(mirror.id, &volumes);
+        let mut settings = self.mirror_settings(mirror, &volumes);
+        if redo.spill.is_none() {
+            settings.spill_bytes = 0;
+        }
         let start = MirroredStart { settings, state, opened, redo };
         self.add_mirrored(mirror, &volumes, volume_files, start);
         Ok(())
@@ -221,6 +226,18 @@ impl Site {
         self.check_size(name, create.size_bytes)
     }
 
+    /// Who may open the new volume, from its first moment on.
+    fn first_access(&self, create: &VolumeCreate) -> Result<VolumeAccess, OperationError> {
+        let refuse = |kind, reason: &dyn std::fmt::Display| {
+            problem(kind, format!("volume '{}' cannot be made: {reason}", create.name))
+        };
+        if let Some(reason) = self.unreachable_by(&create.access) {
+            return Err(refuse(ProblemKind::Refused, &reason));
+        }
+        let access = VolumeAccess::default().changed(&create.access);
+        access.map_err(|error| refuse(ProblemKind::Invalid, &error))
+    }
+
     pub(super) fn check_size(&self, name: &VolumeName, size: ByteCount) -> Result<(), OperationError> {
         if !size.0.is_multiple_of(SIZE_UNIT) || size < self.settings.minimum_size {
             let detail = format!(
@@ -254,6 +271,7 @@ impl Site {
     /// Makes a volume: reserves its name, allocates all its space, then lets it exist.
     pub(super) fn make_volume(&self, create: &VolumeCreate) -> Result<VolumeRecord, OperationError> {
         self.check_volume(create)?;
+        let access = self.first_access(create)?;
         let random = keystore::random_bytes::<64>()
             .map_err(|error| problem(ProblemKind::Internal, error.to_string()))?;
         let key = DataKey::from_random(random)
@@ -267,9 +285,10 @@ impl Site {
             class: create.class.clone(),
             iops: create.iops,
             cache: create.cache,
-            access: VolumeAccess::default(),
+            access,
             wrapped_key: self.key.wrap(&key).as_bytes().to_vec(),
             pool,
+            revision: 0,
         };
         let home = self.allocate_volume(&record)?;
         self.add_lone(&record, home, Arc::new(VolumeCipher::new(&key)));

@@ -4,6 +4,7 @@
 //! docs/protocols/replication.md. The machines here decide *what is allowed*; the daemon's group machine decides
 //! *when*, and performs it.
 
+mod access;
 mod codec;
 pub mod fuzz;
 mod lineage;
@@ -13,11 +14,12 @@ mod rpo;
 mod sender;
 mod states;
 
+pub use access::{MirrorAccess, MirrorHost, SetAccess};
 pub use codec::CodecError;
 pub use lineage::{Fork, GroupState, HelloVerdict, Refusal, RefusalCode, ResumePlan, Role};
 pub use message::{
     Ack, CompareRange, CreateMirror, HashReply, HashRequest, Hello, MESSAGE_BYTES_MAX, Message, MirrorVolume,
-    PROTOCOL_VERSION, Refuse, Welcome,
+    OrphanReply, PROTOCOL_VERSION, Refuse, Welcome,
 };
 pub use receiver::{Arrival, ArrivalError, ReceiverChain};
 pub use rpo::RpoTracker;

@@ -8,11 +8,14 @@ use block::{
 };
 use bytes::Bytes;
 
+use crate::access::{
+    MirrorAccess, SetAccess, decode_access, decode_set_access, encode_access, encode_set_access,
+};
 use crate::codec::{CodecError, Reader, Writer};
 use crate::lineage::{FORKS_MAX, Fork, RefusalCode};
 
 /// The version that both sides must speak.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// No control frame is longer.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -40,6 +43,8 @@ pub struct MirrorVolume {
     pub iops: Option<u32>,
     /// The data key, wrapped by the key-encryption key that both sites share.
     pub wrapped_key: Vec<u8>,
+    /// Who may open it: the replica begins with the primary's rules.
+    pub access: MirrorAccess,
 }
 
 /// The primary opens a session.
@@ -79,6 +84,8 @@ pub struct Welcome {
     pub consistent: bool,
     /// It was a primary itself and may hold writes that the new primary never had: `compare` lists where.
     pub diverged: bool,
+    /// It gave its role up in a planned switch at exactly this tip and has taken nothing since.
+    pub relinquished: bool,
     /// By how much, in milliseconds of the target's clock, its image may be older than now; `None` if unknown.
     pub age_bound_ms: Option<u64>,
     /// Where a diverged side may differ.
@@ -135,6 +142,16 @@ pub struct HashReply {
     pub hashes: Vec<[u8; 32]>,
 }
 
+/// What the new primary's home holds now, for a fenced side that asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrphanReply {
+    /// The request's.
+    pub id: u64,
+    /// In block order: a BLAKE3 hash, and true if hosts may have written the block since the epoch began; empty if the
+    /// range could not be read.
+    pub blocks: Vec<([u8; 32], bool)>,
+}
+
 /// Asks the partner to hold the secondary of a new mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateMirror {
@@ -186,6 +203,22 @@ pub enum Message {
         /// True while an operator's `start` is awaited.
         waiting: bool,
     },
+    /// Fenced side to new primary: what does your home hold here? At most 1 MiB.
+    OrphanRequest(HashRequest),
+    /// New primary to fenced side.
+    OrphanReply(OrphanReply),
+    /// Primary to target: can you take the role over?
+    SwitchAsk,
+    /// Target to primary: the answer.
+    SwitchReady {
+        /// Why not; empty if it can.
+        trouble: String,
+    },
+    /// A side that durably gave its role up to its target: take it, at exactly this tip.
+    Relinquish {
+        /// Everything that its hosts ever wrote.
+        tip: Tip,
+    },
     /// Site to partner, first frame of its own session.
     CreateMirror(CreateMirror),
     /// The partner holds the secondary.
@@ -202,6 +235,10 @@ pub enum Message {
     },
     /// It is forgotten.
     Deleted,
+    /// Primary to target, first frame of its own session.
+    SetAccess(SetAccess),
+    /// It is durable there.
+    AccessSet,
     /// Are you there?
     Ping,
     /// Yes.
@@ -222,12 +259,19 @@ const PASS_REFUSED: u8 = 6;
 const HASH_REQUEST: u8 = 7;
 const HASH_REPLY: u8 = 8;
 const ORPHANS: u8 = 9;
+const SWITCH_ASK: u8 = 10;
+const SWITCH_READY: u8 = 11;
+const RELINQUISH: u8 = 12;
+const ORPHAN_REQUEST: u8 = 13;
+const ORPHAN_REPLY: u8 = 14;
 const CREATE_MIRROR: u8 = 16;
 const CREATED: u8 = 17;
 const DELETE_MIRROR: u8 = 18;
 const DELETED: u8 = 19;
 const PING: u8 = 20;
 const PONG: u8 = 21;
+const SET_ACCESS: u8 = 22;
+const ACCESS_SET: u8 = 23;
 
 impl Message {
     /// The frame's bytes.
@@ -240,13 +284,7 @@ impl Message {
             Self::Hello(hello) => encode_hello(&mut out, hello),
             Self::Welcome(welcome) => encode_welcome(&mut out, welcome),
             Self::Refuse(refuse) => encode_refuse(&mut out, refuse),
-            Self::Ack(ack) => {
-                out.u8(ACK);
-                out.tip(&ack.tip);
-                out.bool(ack.staged);
-                out.u64(ack.applied.0);
-                out.u64(ack.clock.0);
-            }
+            Self::Ack(ack) => encode_ack(&mut out, ack),
             Self::AbortPass { pass } => {
                 out.u8(ABORT_PASS);
                 out.u64(*pass);
@@ -256,21 +294,23 @@ impl Message {
                 out.u64(*pass);
                 out.u64(missing.0);
             }
-            Self::HashRequest(request) => {
-                out.u8(HASH_REQUEST);
-                out.u64(request.id);
-                range(&mut out, request.volume, request.range);
-            }
-            Self::HashReply(reply) => {
-                out.u8(HASH_REPLY);
-                out.u64(reply.id);
-                out.count(reply.hashes.len());
-                reply.hashes.iter().for_each(|hash| out.raw(hash));
-            }
+            Self::HashRequest(request) => encode_request(&mut out, HASH_REQUEST, request),
+            Self::HashReply(reply) => encode_hash_reply(&mut out, reply),
             Self::Orphans { bytes, waiting } => {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
                 out.bool(*waiting);
+            }
+            Self::OrphanRequest(request) => encode_request(&mut out, ORPHAN_REQUEST, request),
+            Self::OrphanReply(reply) => encode_orphan_reply(&mut out, reply),
+            Self::SwitchAsk => out.u8(SWITCH_ASK),
+            Self::SwitchReady { trouble } => {
+                out.u8(SWITCH_READY);
+                out.counted(cut_short(trouble).as_bytes());
+            }
+            Self::Relinquish { tip } => {
+                out.u8(RELINQUISH);
+                out.tip(tip);
             }
             Self::CreateMirror(create) => encode_create(&mut out, create),
             Self::Created { site } => {
@@ -283,6 +323,11 @@ impl Message {
                 out.u64(epoch.0);
             }
             Self::Deleted => out.u8(DELETED),
+            Self::SetAccess(set) => {
+                out.u8(SET_ACCESS);
+                encode_set_access(&mut out, set);
+            }
+            Self::AccessSet => out.u8(ACCESS_SET),
             Self::Ping => out.u8(PING),
             Self::Pong { site, name } => {
                 out.u8(PONG);
@@ -313,10 +358,14 @@ impl Message {
             }),
             ABORT_PASS => Self::AbortPass { pass: input.u64()? },
             PASS_REFUSED => Self::PassRefused { pass: input.u64()?, missing: ByteCount(input.u64()?) },
-            HASH_REQUEST => {
+            HASH_REQUEST => Self::HashRequest(hash_request(&mut input)?),
+            ORPHAN_REQUEST => Self::OrphanRequest(hash_request(&mut input)?),
+            ORPHAN_REPLY => {
                 let id = input.u64()?;
-                let CompareRange { volume, range } = compare_range(&mut input)?;
-                Self::HashRequest(HashRequest { id, volume, range })
+                let count = input.count("blocks", HASHES_MAX)?;
+                let mut block = || Ok((input.array::<HASH_BYTES>()?, input.bool("changed")?));
+                let blocks = (0..count).map(|_| block()).collect::<Result<_, CodecError>>()?;
+                Self::OrphanReply(OrphanReply { id, blocks })
             }
             HASH_REPLY => {
                 let id = input.u64()?;
@@ -325,6 +374,9 @@ impl Message {
                 Self::HashReply(HashReply { id, hashes })
             }
             ORPHANS => Self::Orphans { bytes: ByteCount(input.u64()?), waiting: input.bool("waiting")? },
+            SWITCH_ASK => Self::SwitchAsk,
+            SWITCH_READY => Self::SwitchReady { trouble: input.text("trouble", TEXT_BYTES_MAX)? },
+            RELINQUISH => Self::Relinquish { tip: input.tip()? },
             CREATE_MIRROR => Self::CreateMirror(decode_create(&mut input)?),
             CREATED => Self::Created { site: input.site()? },
             DELETE_MIRROR => Self::DeleteMirror {
@@ -332,6 +384,8 @@ impl Message {
                 epoch: Epoch(input.u64()?),
             },
             DELETED => Self::Deleted,
+            SET_ACCESS => Self::SetAccess(decode_set_access(&mut input)?),
+            ACCESS_SET => Self::AccessSet,
             PING => Self::Ping,
             PONG => Self::Pong { site: input.site()?, name: input.text("name", NAME_BYTES_MAX)? },
             value => {
@@ -347,6 +401,12 @@ fn range(out: &mut Writer, volume: VolumeIndex, range: ByteRange) {
     out.u16(volume.0);
     out.u64(range.offset());
     out.u64(range.length());
+}
+
+fn hash_request(input: &mut Reader<'_>) -> Result<HashRequest, CodecError> {
+    let id = input.u64()?;
+    let CompareRange { volume, range } = compare_range(input)?;
+    Ok(HashRequest { id, volume, range })
 }
 
 fn compare_range(input: &mut Reader<'_>) -> Result<CompareRange, CodecError> {
@@ -412,6 +472,7 @@ fn encode_welcome(out: &mut Writer, welcome: &Welcome) {
     }
     out.bool(welcome.consistent);
     out.bool(welcome.diverged);
+    out.bool(welcome.relinquished);
     out.u64(welcome.age_bound_ms.unwrap_or(u64::MAX));
     assert!(welcome.compare.len() <= RANGES_MAX, "compare ranges are merged before they are sent");
     out.count(welcome.compare.len());
@@ -424,10 +485,44 @@ fn decode_welcome(input: &mut Reader<'_>) -> Result<Welcome, CodecError> {
     let staged = if input.bool("staged")? { Some((input.u64()?, input.tip()?)) } else { None };
     let consistent = input.bool("consistent")?;
     let diverged = input.bool("diverged")?;
+    let relinquished = input.bool("relinquished")?;
     let age_bound_ms = Some(input.u64()?).filter(|age| *age != u64::MAX);
     let count = input.count("compare", RANGES_MAX)?;
     let compare = (0..count).map(|_| compare_range(input)).collect::<Result<_, _>>()?;
-    Ok(Welcome { tip, staged, consistent, diverged, age_bound_ms, compare, clock: input.wall_time()? })
+    let clock = input.wall_time()?;
+    Ok(Welcome { tip, staged, consistent, diverged, relinquished, age_bound_ms, compare, clock })
+}
+
+fn encode_ack(out: &mut Writer, ack: &Ack) {
+    out.u8(ACK);
+    out.tip(&ack.tip);
+    out.bool(ack.staged);
+    out.u64(ack.applied.0);
+    out.u64(ack.clock.0);
+}
+
+/// A request about the blocks of a range.
+fn encode_request(out: &mut Writer, kind: u8, request: &HashRequest) {
+    out.u8(kind);
+    out.u64(request.id);
+    range(out, request.volume, request.range);
+}
+
+fn encode_orphan_reply(out: &mut Writer, reply: &OrphanReply) {
+    out.u8(ORPHAN_REPLY);
+    out.u64(reply.id);
+    out.count(reply.blocks.len());
+    for (hash, changed) in &reply.blocks {
+        out.raw(hash);
+        out.bool(*changed);
+    }
+}
+
+fn encode_hash_reply(out: &mut Writer, reply: &HashReply) {
+    out.u8(HASH_REPLY);
+    out.u64(reply.id);
+    out.count(reply.hashes.len());
+    reply.hashes.iter().for_each(|hash| out.raw(hash));
 }
 
 fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
@@ -436,12 +531,17 @@ fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
     out.u64(refuse.epoch.0);
     out.raw(&refuse.origin.to_bytes());
     out.position(&refuse.fork);
-    let mut text = refuse.text.as_str();
+    out.counted(cut_short(&refuse.text).as_bytes());
+}
+
+/// The text, or as much of it as a message may carry.
+fn cut_short(text: &str) -> &str {
+    let mut text = text;
     while text.len() > TEXT_BYTES_MAX {
         let shorter = text.char_indices().next_back().map_or(0, |(index, _)| index);
         text = text.get(..shorter).unwrap_or("");
     }
-    out.counted(text.as_bytes());
+    text
 }
 
 fn decode_refuse(input: &mut Reader<'_>) -> Result<Refuse, CodecError> {
@@ -473,6 +573,7 @@ fn encode_create(out: &mut Writer, create: &CreateMirror) {
         out.bool(volume.iops.is_some());
         out.u32(volume.iops.unwrap_or(0));
         out.counted(&volume.wrapped_key);
+        encode_access(out, &volume.access);
     }
 }
 
@@ -503,7 +604,8 @@ fn decode_volume(input: &mut Reader<'_>) -> Result<MirrorVolume, CodecError> {
     }
     let iops = has_iops.then_some(value);
     let wrapped_key = input.counted("wrapped key", KEY_BYTES_MAX)?;
-    Ok(MirrorVolume { id, name, size, class, iops, wrapped_key })
+    let access = decode_access(input)?;
+    Ok(MirrorVolume { id, name, size, class, iops, wrapped_key, access })
 }
 
 #[cfg(test)]
@@ -512,31 +614,33 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::access::MirrorHost;
 
-    fn samples() -> Vec<Message> {
-        let position = Position {
+    fn position() -> Position {
+        Position {
             epoch: Epoch(3),
             origin: SiteId::from_bytes([7; 16]),
             incarnation: Incarnation(2),
             sequence: Sequence(99),
-        };
+        }
+    }
+
+    fn samples() -> Vec<Message> {
+        [session_samples(), lone_samples()].concat()
+    }
+
+    /// Messages of a mirror's session.
+    fn session_samples() -> Vec<Message> {
+        let position = position();
         let tip = Tip { position, chain: block::ChainHash([9; 32]) };
         let range = ByteRange::new(4096, 8192).unwrap();
-        let volume = MirrorVolume {
-            id: VolumeId::from_bytes([1; 16]),
-            name: "db".into(),
-            size: ByteCount(1 << 30),
-            class: "standard".into(),
-            iops: Some(500),
-            wrapped_key: vec![5; 72],
-        };
         vec![
             Message::Hello(Hello {
                 version: PROTOCOL_VERSION,
                 mirror: MirrorId::from_bytes([2; 16]),
                 position,
                 forks: vec![Fork { epoch: Epoch(3), origin: position.origin, at: position }],
-                volumes: vec![(volume.id, volume.size)],
+                volumes: vec![(VolumeId::from_bytes([1; 16]), ByteCount(1 << 30))],
                 echo: WallTime(5),
             }),
             Message::Welcome(Welcome {
@@ -544,6 +648,7 @@ mod tests {
                 staged: Some((4, tip)),
                 consistent: true,
                 diverged: true,
+                relinquished: false,
                 age_bound_ms: Some(10),
                 compare: vec![CompareRange { volume: VolumeIndex(0), range }],
                 clock: WallTime(77),
@@ -561,6 +666,32 @@ mod tests {
             Message::HashRequest(HashRequest { id: 1, volume: VolumeIndex(3), range }),
             Message::HashReply(HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
             Message::Orphans { bytes: ByteCount(8192), waiting: true },
+            Message::OrphanRequest(HashRequest { id: 2, volume: VolumeIndex(1), range }),
+            Message::OrphanReply(OrphanReply { id: 2, blocks: vec![([1; 32], true), ([2; 32], false)] }),
+            Message::SwitchAsk,
+            Message::SwitchReady { trouble: "locked".into() },
+            Message::Relinquish { tip },
+        ]
+    }
+
+    /// Messages that are alone in a session of their own.
+    fn lone_samples() -> Vec<Message> {
+        let position = position();
+        let volume = MirrorVolume {
+            id: VolumeId::from_bytes([1; 16]),
+            name: "db".into(),
+            size: ByteCount(1 << 30),
+            class: "standard".into(),
+            iops: Some(500),
+            wrapped_key: vec![5; 72],
+            access: MirrorAccess {
+                tls_required: true,
+                read_only: false,
+                hosts: vec![MirrorHost { identity: "host 1".into(), read_only: true }],
+            },
+        };
+        let access = (volume.id, 7, volume.access.clone());
+        vec![
             Message::CreateMirror(CreateMirror {
                 mirror: MirrorId::from_bytes([2; 16]),
                 name: "m".into(),
@@ -572,6 +703,12 @@ mod tests {
             Message::Created { site: position.origin },
             Message::DeleteMirror { mirror: MirrorId::from_bytes([2; 16]), epoch: Epoch(1) },
             Message::Deleted,
+            Message::SetAccess(SetAccess {
+                mirror: MirrorId::from_bytes([2; 16]),
+                epoch: Epoch(1),
+                volumes: vec![access],
+            }),
+            Message::AccessSet,
             Message::Ping,
             Message::Pong { site: position.origin, name: "east".into() },
         ]
@@ -593,8 +730,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..15, at in 0_usize..400, value: u8) {
-            let mut bytes = samples()[index].encode().to_vec();
+        fn what_decodes_encodes_to_the_same_bytes(message in proptest::sample::select(samples()), at in 0_usize..400, value: u8) {
+            let mut bytes = message.encode().to_vec();
             let at = at % bytes.len();
             bytes[at] = value;
             if let Ok(message) = Message::decode(&bytes) {

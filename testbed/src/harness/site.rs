@@ -26,8 +26,8 @@ pub struct SiteOptions {
     pub nbd_unix: bool,
     /// Further flags.
     pub flags: Vec<String>,
-    /// Lines of a settings file, for what has no flag; the file's other lines say what `--dev` does.
-    pub settings: Vec<String>,
+    /// Settings that no flag has, as key and TOML value: they replace the defaults of `--dev`.
+    pub settings: Vec<(String, String)>,
 }
 
 /// A site: its directory, its addresses and, while it runs, its daemon.
@@ -59,8 +59,29 @@ impl Site {
             child: None,
             log,
         };
+        site.write_settings()?;
         site.resume()?;
         Ok(site)
+    }
+
+    /// Writes the settings file, if settings are given that no flag has.
+    fn write_settings(&self) -> Result<()> {
+        if self.options.settings.is_empty() {
+            return Ok(());
+        }
+        let mut command = self.development_command()?;
+        command.arg("--print-settings");
+        let mut text = finish(command, CLI_TIMEOUT)?.success()?;
+        for (key, value) in &self.options.settings {
+            let begin = format!("{key} = ");
+            let changed = |line: &str| match line.starts_with(&begin) {
+                true => format!("{begin}{value}\n"),
+                false => format!("{line}\n"),
+            };
+            ensure!(text.lines().any(|line| line.starts_with(&begin)), "no setting {key} in:\n{text}");
+            text = text.lines().map(changed).collect();
+        }
+        Ok(fs::write(self.directory.join("settings.toml"), text)?)
     }
 
     /// The daemon's command line.
@@ -68,13 +89,19 @@ impl Site {
     /// # Errors
     /// If the daemon has not been built.
     pub fn daemon_command(&self) -> Result<Command> {
-        let mut command = Command::new(binary("farshored")?);
         if self.options.settings.is_empty() {
-            command.arg("--dev").arg(&self.directory);
-        } else {
-            command.arg("--config").arg(self.settings_file()?);
+            return self.development_command();
         }
+        let mut command = Command::new(binary("farshored")?);
+        command.arg("--config").arg(self.directory.join("settings.toml"));
+        Ok(command)
+    }
+
+    fn development_command(&self) -> Result<Command> {
+        let mut command = Command::new(binary("farshored")?);
         command
+            .arg("--dev")
+            .arg(&self.directory)
             .args(["--site", &self.name, "--nbd", &self.nbd_argument()])
             .args(["--replication", &self.replication.to_string()])
             .args(["--console", &self.console.to_string()])
@@ -346,19 +373,6 @@ impl Site {
     /// The daemon's log.
     pub const fn log(&self) -> &Log {
         &self.log
-    }
-
-    /// Writes the settings that `--dev` would mean, and those of the test.
-    fn settings_file(&self) -> Result<PathBuf> {
-        let file = self.directory.join("farshored.toml");
-        let (directory, socket) = (self.directory.display(), self.control_socket());
-        let text = format!(
-            "data_dir = '{directory}'\ncontrol_socket = '{}'\nminimum_size_bytes = 1048576\n{}\n",
-            socket.display(),
-            self.options.settings.join("\n")
-        );
-        fs::write(&file, text)?;
-        Ok(file)
     }
 
     fn nbd_socket(&self) -> PathBuf {

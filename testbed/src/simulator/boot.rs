@@ -23,6 +23,7 @@ impl World {
         files.extend((0..volumes).map(|_| VirtualFile::new(2 * PAGE_BYTES)));
         files.push(VirtualFile::new(2 * PAGE_BYTES));
         files.extend((0..plan.redo.file_count()).map(|_| VirtualFile::new(plan.redo.segment_bytes())));
+        files.push(VirtualFile::new(plan.spill_bytes));
         let primary = site_id(0);
         Site {
             files,
@@ -47,11 +48,16 @@ impl World {
             wall_offset: 1_700_000_000 * SECOND + plan.skews[site],
             wall_offset_max: 1_700_000_000 * SECOND + plan.skews[site],
             slowness: 1,
+            spill_slowness: 1,
             acked_tip: None,
             lineage: None,
+            policy: plan.policies[site],
+            held_since: None,
             heard_epoch: 0,
             start_given: 0,
             failover: None,
+            searching: false,
+            forced_epoch: 0,
         }
     }
 
@@ -65,6 +71,10 @@ impl World {
 
     pub(super) fn segment_file(&self, index: u32) -> usize {
         self.checkpoint_file() + 1 + super::size(u64::from(index))
+    }
+
+    pub(super) fn spill_file(&self) -> usize {
+        self.segment_file(self.plan.redo.file_count())
     }
 
     fn volume_size(&self, volume: usize) -> ByteCount {
@@ -155,9 +165,12 @@ impl World {
         let intents = (0..volumes).map(|volume| self.durable_intent(site, volume)).collect();
         let state = self.sites[site].state.clone();
         let clean = self.sites[site].clean.take().filter(|_| state.role == Role::Primary);
+        let continues = clean.as_ref().is_some_and(|clean| clean.journal.is_some());
+        self.statistics.continued += u64::from(continues);
+        let lineage = (state.epoch.0, state.incarnation.0);
         self.tell(|| {
             format!(
-                "site {site} starts: {state:?}, redo tip {:?} staged {:?}, clean {}",
+                "site {site} starts: {state:?}, redo tip {:?} staged {:?}, clean {}, with its journal {continues}",
                 redo.durable_tip.position,
                 redo.staged_tip.map(|(pass, tip)| (pass, tip.position)),
                 clean.is_some()
@@ -168,7 +181,8 @@ impl World {
         let group = Group::open(self.settings(site), state, opened, now);
         let known = &mut self.sites[site];
         known.group = Some(group);
-        known.lineage = None;
+        // A journal that was kept is of the same lineage; what follows it too.
+        known.lineage = continues.then_some(lineage);
         known.heard_epoch = 0;
         known.presented = false;
         let _ = self.enter(site);
@@ -218,6 +232,7 @@ impl World {
         known.stopping = Stopping::No;
         known.timer_at = None;
         known.failover = None;
+        known.searching = false;
         let process = known.process;
         let mine: Vec<(u64, usize)> = self
             .network
@@ -270,7 +285,13 @@ impl World {
             self.sites[site].files[file].sync(mark);
         }
         let clean = self.sites[site].group.as_mut().and_then(Group::clean_state);
-        self.tell(|| format!("site {site} stopped in order, clean state: {}", clean.is_some()));
+        // What the clean state names is on stable media.
+        let spill = self.spill_file();
+        self.sites[site].files[spill].lose_power(&mut self.random);
+        let kept = clean.as_ref().is_some_and(|clean| clean.journal.is_some());
+        self.tell(|| {
+            format!("site {site} stopped in order, clean state: {}, journal kept: {kept}", clean.is_some())
+        });
         self.sites[site].clean = clean;
         self.process_ended(site, 50 * MILLISECOND);
         self.sites[site].boot_due = true;

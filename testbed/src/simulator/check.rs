@@ -10,7 +10,7 @@ use protocol::{GroupState, Message, Role};
 use super::disk::VirtualFile;
 use super::host::ANSWER_MAX;
 use super::plan::MILLISECOND;
-use super::world::{Event, World};
+use super::world::{Event, World, site_id};
 use super::{oracle, size};
 
 /// An image and the position that it claims to be.
@@ -107,6 +107,15 @@ impl World {
                     self.fail(format!("site {site} says {} but only {state:?} is durable", hello.position));
                 }
             }
+            Message::Relinquish { tip } => {
+                if self.sites[site].state.offered(site_id(site)) != Some(*tip) {
+                    let state = &self.sites[site].state;
+                    self.fail(format!(
+                        "site {site} gives its role up at {} but stored {state:?}",
+                        tip.position
+                    ));
+                }
+            }
             Message::Welcome(welcome) => self.told(site, &welcome.tip.position),
             Message::Ack(ack) => {
                 if !ack.staged {
@@ -124,10 +133,16 @@ impl World {
             | Message::HashRequest(_)
             | Message::HashReply(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
             | Message::CreateMirror(_)
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => {}
         }
@@ -209,6 +224,22 @@ impl World {
         }
     }
 
+    /// A promotion that no operator forced is a switch's: the old side gave the role up, and nothing is lost.
+    pub(super) fn check_switch(&mut self, site: usize, fork: &Position, home: &[u64]) {
+        let other = &self.sites[1 - site];
+        if other.state.role == Role::Primary || other.presented {
+            let text =
+                format!("site {site} took the role over at {fork} while the other side is {:?}", other.state);
+            return self.fail(text);
+        }
+        self.statistics.images += 1;
+        self.statistics.switches += 1;
+        self.compare_image(site, oracle::key(fork), fork.sequence.0, home, "switch");
+        if let Some(oldest) = self.oracle.oldest_missing(1 - site, fork, self.now) {
+            self.fail(format!("the switch at {fork} lost a write that was answered at {oldest}"));
+        }
+    }
+
     pub(super) fn periodic_check(&mut self) {
         let wait = if self.healing { 20 } else { 5 };
         let jitter = self.random.below(wait * MILLISECOND);
@@ -216,6 +247,8 @@ impl World {
         for site in 0..2 {
             self.check_answers(site);
             self.check_rpo(site);
+            self.check_alert(site);
+            self.check_orphans(site);
         }
         match self.random.below(200) {
             0 => self.check_coverage(true),

@@ -3,7 +3,7 @@
 use protocol::Role;
 
 use super::plan::{Fault, MILLISECOND, SECOND};
-use super::site::{Operation, Stopping};
+use super::site::{Answer, Operation, Stopping};
 use super::world::{Event, World};
 
 /// Which requests fail.
@@ -17,6 +17,10 @@ pub(super) enum Zone {
     Intent,
     State,
     Cut,
+    Spill,
+    SpillRead,
+    /// What is read from the spill file is not what was written.
+    SpillRot,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +50,10 @@ impl World {
     /// Whether a request fails.
     pub(super) fn fails(&mut self, site: usize, operation: &Operation) -> bool {
         let homes = self.plan.volume_blocks.len();
+        let spill = self.spill_file();
         let zone = match operation {
+            Operation::Write { file, .. } | Operation::Sync { file, .. } if *file == spill => Zone::Spill,
+            Operation::Read { file, .. } if *file == spill => Zone::SpillRead,
             Operation::Write { file, .. } if *file < homes => Zone::HomeWrite,
             Operation::Write { file, .. } if *file < 2 * homes => Zone::Intent,
             Operation::Sync { file, .. } if *file < homes => Zone::HomeSync,
@@ -58,6 +65,14 @@ impl World {
         };
         let rate = self.errors.rate(site, zone, self.now);
         rate > 0 && self.random.chance(rate)
+    }
+
+    /// The byte of what is read that comes back changed, if one does.
+    pub(super) fn rots(&mut self, site: usize, operation: &Operation) -> Option<usize> {
+        let Operation::Read { file, length, .. } = operation else { return None };
+        let rate = self.errors.rate(site, Zone::SpillRot, self.now);
+        let rots = *file == self.spill_file() && rate > 0 && self.random.chance(rate);
+        rots.then(|| super::size(self.random.below(*length)))
     }
 
     fn errors(&mut self, zone: Zone, permille: u32) {
@@ -114,6 +129,8 @@ impl World {
             Fault::StartMirror => self.order_start(),
             Fault::Failover => self.order_failover(false),
             Fault::FailoverDead => self.order_failover(true),
+            Fault::Switch => self.verb("switch", |group| group.switch().is_ok()),
+            Fault::Orphans => self.order_orphans(),
             Fault::HomeErrors => self.errors(Zone::HomeWrite, 30),
             Fault::ReadErrors => {
                 self.errors(Zone::HomeRead, 100);
@@ -124,6 +141,24 @@ impl World {
             Fault::IntentErrors => self.errors(Zone::Intent, 200),
             Fault::StateErrors => self.errors(Zone::State, 400),
             Fault::DamageCuts => self.errors(Zone::Cut, 60),
+            Fault::SpillErrors => {
+                let zone = [Zone::Spill, Zone::SpillRead, Zone::SpillRot][self.random.index(3)];
+                let rate = [100, 1000][self.random.index(2)];
+                self.errors(zone, rate);
+            }
+            Fault::StopInOutage => {
+                let outage =
+                    MILLISECOND * (1 + self.random.below([50, 500, 3000][self.random.clone().index(3)]));
+                self.cut_link(outage + boot_after);
+                self.after(outage, Event::StopPrimary);
+            }
+            Fault::SlowSpill => {
+                let site = self.random.index(2);
+                self.sites[site].spill_slowness = [10, 1000][self.random.index(2)];
+                let lasts = self.random.below(3 * SECOND);
+                self.after(lasts, Event::SpillFast { site });
+            }
+            Fault::SetPolicy => self.order_policy(),
         }
     }
 
@@ -159,6 +194,15 @@ impl World {
         self.verb("start", |group| group.start(local).is_ok());
     }
 
+    /// At a fenced side: which of its writes did the new primary never have?
+    fn order_orphans(&mut self) {
+        for site in 0..2 {
+            let ordered = self.enter(site).is_some_and(|group| group.search_orphans().is_ok());
+            self.sites[site].searching |= ordered;
+            self.pump(site);
+        }
+    }
+
     fn order_failover(&mut self, primary_dies: bool) {
         let Some(site) = self.site_in(Role::Secondary).filter(|site| !self.is_stopping(*site)) else {
             return;
@@ -172,13 +216,33 @@ impl World {
             let lasts = self.random.below(3 * SECOND);
             self.cut_link(lasts);
         }
+        if self.may_both_promote(site) {
+            return self.pump(site);
+        }
         let done = self.enter(site).is_some_and(|group| group.failover().is_ok());
         self.tell(|| format!("an operator orders failover at site {site}: {done}, {report:?}"));
         if done {
             self.statistics.promotions += 1;
+            self.sites[site].forced_epoch = self.sites[site].state.epoch.0 + 1;
             self.sites[site].failover = Some((self.now, report.lost_at_most));
         }
         self.pump(site);
+    }
+
+    /// The partner may be promoting itself into the same epoch: an operator who forces a failover now makes a fork, which
+    /// is not this model's.
+    fn may_both_promote(&self, site: usize) -> bool {
+        let (ours, other) = (&self.sites[site], &self.sites[1 - site]);
+        let snapshot = other.group.as_ref().and_then(daemon::group::Group::mirror_snapshot);
+        let changing =
+            snapshot.and_then(|mirror| mirror.reason).is_some_and(|reason| reason.contains("changing"));
+        let begun = other.state.role == Role::Primary && other.state.epoch > ours.state.epoch;
+        let storing = other.pending.values().any(|pending| {
+            let persists =
+                matches!(&pending.operation, Operation::Persist(state) if state.epoch > ours.state.epoch);
+            persists || matches!(pending.answer, Answer::Unlock)
+        });
+        begun || storing || (changing && other.state.role == Role::Secondary)
     }
 
     /// The faults end; what is down starts again.
@@ -190,6 +254,7 @@ impl World {
         self.network.delay = (50_000, 500_000);
         for site in 0..2 {
             self.sites[site].slowness = 1;
+            self.sites[site].spill_slowness = 1;
             // A failed flush leaves a volume that only a restart heals.
             if self.needs_restart(site) {
                 self.crash(site, false, MILLISECOND);
@@ -219,6 +284,9 @@ impl World {
             }
             let snapshot = self.sites[site].group.as_ref().and_then(daemon::group::Group::mirror_snapshot);
             let asks = snapshot.is_some_and(|mirror| mirror.role == Role::Primary && mirror.needs_start);
+            if asks && self.random.chance(200) {
+                self.order_orphans();
+            }
             if asks && self.site_in(Role::Primary) == Some(site) && self.random.chance(100) {
                 self.order_start();
             }

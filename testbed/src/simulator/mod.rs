@@ -10,6 +10,7 @@
 //!   may land; a power loss also loses unflushed sectors;
 //! - home of a volume: writes, reads and syncs fail; a failed read fails once;
 //! - redo segments: writes, syncs and reads fail, but for the reads of a start;
+//! - spill file: writes, syncs and reads fail, what is read is damaged, all of it is slow;
 //! - intent file, checkpoint: writes fail and tear; reads of them do not fail;
 //! - group state and clean file: written atomically; a failed write of the state may have landed;
 //! - network: delay, cut, flapping, a damaged cut; control and data overtake each other;
@@ -23,9 +24,13 @@ mod fault;
 mod host;
 mod network;
 mod oracle;
+mod orphans;
 mod perform;
 mod plan;
+mod pressure;
 mod site;
+#[cfg(test)]
+mod switching;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -58,10 +63,18 @@ pub struct Statistics {
     pub boots: u64,
     /// Promotions.
     pub promotions: u64,
+    /// Roles that a planned switch moved.
+    pub switches: u64,
+    /// Searches for orphaned writes that came to an end.
+    pub searches: u64,
     /// Cuts of resync passes.
     pub staged: u64,
     /// Images that were checked against the oracle.
     pub images: u64,
+    /// Segments written to spill files.
+    pub spilled: u64,
+    /// Starts that went on with a clean stop's journal.
+    pub continued: u64,
 }
 
 impl Statistics {
@@ -72,8 +85,12 @@ impl Statistics {
         self.cuts += other.cuts;
         self.boots += other.boots;
         self.promotions += other.promotions;
+        self.switches += other.switches;
+        self.searches += other.searches;
         self.staged += other.staged;
         self.images += other.images;
+        self.spilled += other.spilled;
+        self.continued += other.continued;
     }
 }
 

@@ -65,6 +65,7 @@ impl World {
                 self.tell(|| format!("site {site} presents its volumes"));
                 self.sites[site].presented = true;
             }
+            Effect::Unlock => self.start(site, Operation::Nothing, Answer::Unlock),
             Effect::Withdraw { reason } => {
                 self.tell(|| format!("site {site} withdraws: {reason}"));
                 self.sites[site].presented = false;
@@ -90,7 +91,11 @@ impl World {
             Operation::Nothing => 5_000,
         };
         let tail = if self.random.chance(20) { 10 } else { 1 };
-        let delay = (5_000 + self.random.below(2 * usual)) * tail * self.sites[site].slowness;
+        let slowness = match operation.file() {
+            Some(file) if file == self.spill_file() => self.sites[site].spill_slowness,
+            Some(_) | None => 1,
+        };
+        let delay = (5_000 + self.random.below(2 * usual)) * tail * self.sites[site].slowness * slowness;
         self.sites[site].pending.insert(key, Pending { operation, answer });
         self.after(delay, Event::Io { site, key });
     }
@@ -136,6 +141,9 @@ impl World {
         self.tell(|| {
             format!("site {site} writes volume {file} {range} sequence {sequence}, blocks {first}+{count}")
         });
+        if !self.oracle.takes(lineage, sequence.0) {
+            return self.fail(format!("site {site} uses sequence {sequence} of lineage {lineage:?} twice"));
+        }
         for block in 0..count {
             let hash = match &content {
                 Content::Data(bytes) => oracle::hash(&bytes[block * 4096..(block + 1) * 4096]),
@@ -188,6 +196,11 @@ impl World {
                 let range = ByteRange::new(offset, length).unwrap_or_default();
                 return self.read(site, file, range, answer);
             }
+            IoRequest::SpillRead { offset, length } => {
+                let range = ByteRange::new(offset, length).unwrap_or_default();
+                return self.read(site, self.spill_file(), range, answer);
+            }
+            IoRequest::SpillWrite { .. } => self.statistics.spilled += 1,
             IoRequest::HomeWrite { .. } | IoRequest::HomeZero { .. } => self.check_target_write(site),
             IoRequest::Persist(ref state) => {
                 if let Some(text) = self.persist_fault(site, state) {
@@ -198,11 +211,16 @@ impl World {
             | IoRequest::IntentWrite { .. }
             | IoRequest::RedoWrite { .. }
             | IoRequest::RedoSync { .. }
+            | IoRequest::SpillSync
             | IoRequest::CheckpointWrite { .. } => {}
         }
         let write = |file, offset, content, durable| Operation::Write { file, offset, content, durable };
         let operation = match request {
-            IoRequest::HomeRead { .. } | IoRequest::RedoRead { .. } => return,
+            IoRequest::HomeRead { .. } | IoRequest::RedoRead { .. } | IoRequest::SpillRead { .. } => return,
+            IoRequest::SpillWrite { offset, data } => {
+                write(self.spill_file(), offset, Content::Data(Bytes::from(data.concat())), false)
+            }
+            IoRequest::SpillSync => self.sync(site, self.spill_file()),
             IoRequest::HomeWrite { volume, offset, data } => {
                 write(usize::from(volume.0), offset, Content::Data(data), false)
             }
@@ -233,6 +251,7 @@ impl World {
     pub(super) fn complete(&mut self, site: usize, key: u64) {
         let Some(Pending { operation, answer }) = self.sites[site].pending.remove(&key) else { return };
         let failed = self.fails(site, &operation);
+        let rots = self.rots(site, &operation);
         self.note(key * 2 + u64::from(failed));
         let mut data = Bytes::new();
         let files = &mut self.sites[site].files;
@@ -251,6 +270,9 @@ impl World {
                 let half = wide(first.len());
                 let mut whole = BytesMut::from(first);
                 whole.extend_from_slice(&files[file].read(offset + half, length - half));
+                if let Some(byte) = rots.and_then(|at| whole.get_mut(at)) {
+                    *byte ^= 0x10;
+                }
                 data = whole.freeze();
             }
             Operation::Persist(state) => {
@@ -303,6 +325,13 @@ impl World {
             Answer::Inquiry { volume, step } => {
                 if let Some(group) = self.enter(site) {
                     group.inquired(volume, step, Ok(()));
+                }
+            }
+            Answer::Unlock => {
+                let locked = self.random.chance(self.errors.rate(site, Zone::State, self.now));
+                let result = if locked { Err("the key provider does not answer".to_owned()) } else { Ok(()) };
+                if let Some(group) = self.enter(site) {
+                    group.unlocked(result);
                 }
             }
             Answer::Flush { volume, step, mark } => {
@@ -359,6 +388,7 @@ impl World {
         if result.is_err() || !known.command.changes_content() {
             return;
         }
+        self.check_not_held(site, &known);
         let at = self.now;
         for (lineage, sequence, _) in known.writes {
             self.oracle.acked[site].push_back(oracle::Acked { lineage, sequence, at });

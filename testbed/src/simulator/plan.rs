@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use daemon::group::MirrorPolicy;
 use journal::{PAGE_BYTES, RedoConfig, RingBudget};
 
+use super::pressure;
 use crate::harness::Random;
 
 const KIB: u64 = 1024;
@@ -25,6 +27,8 @@ pub(super) enum Fault {
     StartMirror,
     Failover,
     FailoverDead,
+    Switch,
+    Orphans,
     HomeErrors,
     ReadErrors,
     HomeSyncErrors,
@@ -32,10 +36,14 @@ pub(super) enum Fault {
     IntentErrors,
     StateErrors,
     DamageCuts,
+    SpillErrors,
+    SlowSpill,
+    StopInOutage,
+    SetPolicy,
 }
 
 impl Fault {
-    const ALL: [Self; 21] = [
+    const ALL: &[Self] = &[
         Self::KillPrimary,
         Self::KillSecondary,
         Self::PowerPrimary,
@@ -50,6 +58,8 @@ impl Fault {
         Self::StartMirror,
         Self::Failover,
         Self::FailoverDead,
+        Self::Switch,
+        Self::Orphans,
         Self::HomeErrors,
         Self::ReadErrors,
         Self::HomeSyncErrors,
@@ -57,6 +67,10 @@ impl Fault {
         Self::IntentErrors,
         Self::StateErrors,
         Self::DamageCuts,
+        Self::SpillErrors,
+        Self::SlowSpill,
+        Self::StopInOutage,
+        Self::SetPolicy,
     ];
 }
 
@@ -68,6 +82,8 @@ pub(super) struct Plan {
     pub(super) region_bytes: u64,
     pub(super) intent_budget_regions: u64,
     pub(super) ring: RingBudget,
+    /// Bytes of the spill file; 0 is none.
+    pub(super) spill_bytes: u64,
     pub(super) cut_bytes: u64,
     pub(super) cut_interval: Duration,
     pub(super) start_grace: Duration,
@@ -85,6 +101,8 @@ pub(super) struct Plan {
     pub(super) iops: Option<u32>,
     /// Blocks that hosts write often.
     pub(super) hot_blocks: u64,
+    /// What operators want at the start, by site.
+    pub(super) policies: [MirrorPolicy; 2],
 }
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -112,6 +130,10 @@ impl Plan {
         let chosen = 1 + random.below(8);
         let mut faults: Vec<Fault> =
             (0..chosen).map(|_| Fault::ALL[random.index(Fault::ALL.len())]).collect();
+        if random.chance(250) {
+            // A switch meets every other fault only if it is ordered often enough.
+            faults.extend([Fault::Switch, Fault::Switch]);
+        }
         if random.chance(100) {
             faults.clear();
         }
@@ -120,6 +142,7 @@ impl Plan {
             region_bytes,
             intent_budget_regions: [0, 2, 1000][random.index(3)],
             ring: RingBudget { bytes_max: ring_bytes, records_max: [16, 64, 1000][random.index(3)] },
+            spill_bytes: KIB * [0, 64, 512, 8192][random.index(4)],
             cut_bytes,
             cut_interval: Duration::from_millis([1, 10, 50][random.index(3)]),
             start_grace: Duration::from_millis([100, 2000, 30_000][random.index(3)]),
@@ -132,6 +155,7 @@ impl Plan {
             skews: [random.below(1000 * SECOND), random.below(1000 * SECOND)],
             iops: random.chance(150).then_some(3000),
             hot_blocks: [8, 32, 1000][random.index(3)],
+            policies: [pressure::draw(random), pressure::draw(random)],
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use block::{ByteRange, HostCommand, Position, VolumeIndex};
 use bytes::Bytes;
-use daemon::group::{CleanState, Group, IoId};
+use daemon::group::{CleanState, Group, IoId, MirrorPolicy};
 use engine::{CommandId, StepId};
 use protocol::GroupState;
 
@@ -35,6 +35,16 @@ pub(super) enum Operation {
     Nothing,
 }
 
+impl Operation {
+    /// The file that it is about.
+    pub(super) const fn file(&self) -> Option<usize> {
+        match self {
+            Self::Write { file, .. } | Self::Sync { file, .. } | Self::Read { file, .. } => Some(*file),
+            Self::Persist(_) | Self::Nothing => None,
+        }
+    }
+}
+
 /// Who is answered.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Answer {
@@ -44,6 +54,7 @@ pub(super) enum Answer {
     Write { volume: VolumeIndex, step: StepId, trimmed: bool },
     Flush { volume: VolumeIndex, step: StepId, mark: u64 },
     Inquiry { volume: VolumeIndex, step: StepId },
+    Unlock,
 }
 
 /// An unanswered request.
@@ -100,15 +111,25 @@ pub(super) struct Site {
     pub(super) wall_offset_max: u64,
     /// How many times slower than usual its disk is.
     pub(super) slowness: u64,
+    /// How many times slower still its spill file is.
+    pub(super) spill_slowness: u64,
     /// As a target: the last position that it acknowledged as committed.
     pub(super) acked_tip: Option<Position>,
     pub(super) lineage: Option<LineageKey>,
+    /// What an operator wants of the mirror here.
+    pub(super) policy: MirrorPolicy,
+    /// Since when hosts' writes are held or refused.
+    pub(super) held_since: Option<u64>,
     /// The highest epoch that its process was told of.
     pub(super) heard_epoch: u64,
     /// An operator's start allowed overwriting the partner's writes in this epoch.
     pub(super) start_given: u64,
     /// A forced failover waits for its fork: when it was ordered and which loss was reported.
     pub(super) failover: Option<(u64, Option<std::time::Duration>)>,
+    /// A search for orphans was ordered, and its outcome is not checked.
+    pub(super) searching: bool,
+    /// The newest epoch that a forced failover here may have begun.
+    pub(super) forced_epoch: u64,
 }
 
 impl Site {

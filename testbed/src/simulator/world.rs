@@ -30,6 +30,8 @@ pub(super) enum Event {
     Boot { site: usize },
     LinkUp,
     DiskFast { site: usize },
+    SpillFast { site: usize },
+    StopPrimary,
     Check,
 }
 
@@ -136,11 +138,13 @@ impl World {
             site: site_id(site),
             volumes: volumes.collect(),
             ring: self.plan.ring,
+            spill_bytes: self.plan.spill_bytes,
             cut_bytes: self.plan.cut_bytes,
             cut_interval: self.plan.cut_interval,
             region_bytes: self.plan.region_bytes,
             intent_budget_regions: self.plan.intent_budget_regions,
             start_grace: self.plan.start_grace,
+            policy: self.sites[site].policy,
         }
     }
 
@@ -187,7 +191,7 @@ impl World {
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    pub(super) fn handle(&mut self, event: Event) {
         self.note(self.now);
         match event {
             Event::Io { site, key } => self.complete(site, key),
@@ -203,6 +207,12 @@ impl World {
                 self.network.up = true;
             }
             Event::DiskFast { site } => self.sites[site].slowness = 1,
+            Event::SpillFast { site } => self.sites[site].spill_slowness = 1,
+            Event::StopPrimary => {
+                if let Some(site) = self.site_in(protocol::Role::Primary).filter(|_| !self.healing) {
+                    self.begin_stop(site);
+                }
+            }
             Event::Check => self.periodic_check(),
         }
     }
@@ -232,6 +242,7 @@ impl World {
             }
         }
         self.note_lineage(site);
+        self.check_pressure(site);
         self.stop_when_drained(site);
         let deadline = self.sites[site].group.as_ref().and_then(Group::poll_timeout);
         let Some(deadline) = deadline.filter(|deadline| deadline.0 < u64::MAX) else { return };
@@ -270,6 +281,11 @@ impl World {
         let base = self.home_hashes(site);
         if let Some((ordered_at, loss)) = self.sites[site].failover.take() {
             self.check_promotion(site, &fork, ordered_at, loss, &base);
+        } else if !self.oracle.knows_epoch(lineage.0)
+            && lineage.0 > 1
+            && self.sites[site].forced_epoch < lineage.0
+        {
+            self.check_switch(site, &fork, &base);
         }
         if !self.oracle.knows_epoch(lineage.0) {
             // What the new epoch does not contain is lost, or an orphan.
