@@ -417,7 +417,7 @@ impl Primary {
         let ring = self.ring_held();
         let pending = self.spill.is_pending();
         let crowded = !self.ring.is_empty() && !ring.plus(added).fits(budget, 2);
-        if !pending && !(crowded && self.may_spill()) {
+        if !(pending || crowded && self.may_spill()) {
             return self.ring.push(record);
         }
         let behind = self.spill.behind.plus(added);
