@@ -296,6 +296,8 @@ impl Group {
         let now = self.now;
         if let Some(mirror) = &mut self.mirror {
             mirror.grace_until = None;
+            // The RPO of a restarted primary is known from now on.
+            mirror.watch.look_again();
         }
         self.present(now);
     }
