@@ -99,6 +99,8 @@ fn mirror(state: MirrorState) -> MirrorView {
         overload: Overload::Bitmap,
         pressure: control::PressureView::default(),
         memory: control::MirrorMemory::default(),
+        window: None,
+        drill: None,
         volumes: vec!["a".parse().unwrap()],
         partner: "az2".parse().unwrap(),
     }

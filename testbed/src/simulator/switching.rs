@@ -60,7 +60,7 @@ fn disturb(world: &mut World, disturbance: Disturbance) {
             world.after(later, Event::LinkUp);
         }
         Disturbance::FailoverNew => {
-            let done = world.enter(1).is_some_and(|group| group.failover().is_ok());
+            let done = world.enter(1).is_some_and(|group| group.failover(None).is_ok());
             if done {
                 world.sites[1].forced_epoch = world.sites[1].state.epoch.0 + 1;
             }
