@@ -60,7 +60,8 @@ fn now() -> Result<String> {
 fn fail_back(pair: &mut Pair) -> Result<()> {
     pair.west.resume()?;
     let view = pair.west.wait_for_mirror("fenced and compared", TIMEOUT, |view| {
-        view["orphaned_bytes"].as_u64().is_some_and(|bytes| bytes >= CHUNKS * CHUNK_BYTES)
+        let orphaned = view.get("orphaned_bytes").and_then(serde_json::Value::as_u64);
+        orphaned.is_some_and(|bytes| bytes >= CHUNKS * CHUNK_BYTES)
     })?;
     ensure!(view["role"] == "secondary", "{view:#}");
     pair.east.wait_for_mirror("waiting for a start", TIMEOUT, |view| view["needs_start"] == true)?;

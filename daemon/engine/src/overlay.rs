@@ -280,10 +280,9 @@ mod tests {
                     3 if applied > 0 => {
                         // A flush failed: what was applied since is put back, oldest first.
                         let back = usize::try_from(a).unwrap().min(applied);
-                        for index in applied - back..applied {
-                            let number = u64::try_from(index + 1).unwrap();
-                            overlay.insert(CutNumber(number), &cuts[index].placement, &cuts[index].changes);
-                            model_insert(&mut models, number, &cuts[index]);
+                        for (number, cut) in (1_u64..).zip(&cuts).take(applied).skip(applied - back) {
+                            overlay.insert(CutNumber(number), &cut.placement, &cut.changes);
+                            model_insert(&mut models, number, cut);
                         }
                         applied -= back;
                     }
@@ -292,8 +291,8 @@ mod tests {
                 let range = ByteRange::between(a.min(b) * SECTOR, (a.max(b) + 1) * SECTOR).unwrap();
                 check(&overlay, &models, range);
             }
-            for index in applied..inserted {
-                overlay.remove(CutNumber(u64::try_from(index + 1).unwrap()), &cuts[index].changes);
+            for (number, cut) in (1_u64..).zip(&cuts).take(inserted).skip(applied) {
+                overlay.remove(CutNumber(number), &cut.changes);
             }
             prop_assert!(overlay.is_empty());
         }

@@ -206,7 +206,7 @@ impl Operations for Fake {
         failover: FailoverRequest,
     ) -> Result<FailoverResult, OperationError> {
         self.note(
-            &failover.at.map_or("mirror failover".to_owned(), |at| format!("mirror failover at {at}")),
+            failover.at.map_or("mirror failover".to_owned(), |at| format!("mirror failover at {at}")),
             Some(&name),
         )?;
         Ok(FailoverResult {
@@ -222,7 +222,7 @@ impl Operations for Fake {
         drill: DrillStart,
     ) -> Result<MirrorView, OperationError> {
         self.note(
-            &drill.at.map_or("drill start".to_owned(), |at| format!("drill start at {at}")),
+            drill.at.map_or("drill start".to_owned(), |at| format!("drill start at {at}")),
             Some(&name),
         )?;
         Ok(mirror(name))
