@@ -180,7 +180,7 @@ fn a_flush_of_lost_data_fails_though_durable_writes_run_beside_it() -> Result<()
             return Ok(());
         };
         setting.site.log().allow("is poisoned");
-        for round in 0..5_u64 {
+        for round in 0..4_u64 {
             let mut writer = setting.client()?;
             writer.write_durable(0, &vec![7; 1 << 20])?;
             setting.disk.fill_backing()?;

@@ -35,14 +35,14 @@ use self::split::{Splitter, Task};
 use crate::arena::Arena;
 use crate::locks::{Acquired, RangeLocks};
 use crate::qos::{self, Limiter};
-use crate::{CommandId, STEP_BYTES_MAX, StepId};
+use crate::{CommandId, STEP_BYTES_MAX, StepId, ZERO_STEP_BYTES_MAX};
 
 /// The most steps of one command in flight: enough to keep a device busy, few enough that a command of the
 /// longest length neither fills the device's queue nor holds more than 8 MiB of sealed data.
 pub const STEPS_IN_FLIGHT_MAX: usize = 8;
 
-/// The same for steps that zero ranges: a file system takes one a file at a time, and those that wait for it each keep a
-/// thread of the kernel from other volumes.
+/// The same for a command that zeroes more than so many steps could: a file system takes one a file at a time, and those
+/// that wait for it each keep a thread of the kernel from other volumes.
 pub const ZERO_STEPS_IN_FLIGHT_MAX: usize = 2;
 
 /// What a volume is.
@@ -113,6 +113,14 @@ enum Stage {
     Flush,
     Inquiry,
     Copy,
+}
+
+impl Running {
+    fn steps_in_flight_max(&self) -> usize {
+        const LONG: u64 = ZERO_STEP_BYTES_MAX * (STEPS_IN_FLIGHT_MAX as u64);
+        let long = self.command.range().is_some_and(|range| range.length() > LONG);
+        if long && self.splitter.zeroes_ranges() { ZERO_STEPS_IN_FLIGHT_MAX } else { STEPS_IN_FLIGHT_MAX }
+    }
 }
 
 impl Volume {
@@ -437,10 +445,8 @@ impl Volume {
             };
             let sound = running.error.is_none();
             let alone = running.steps_in_flight == 0;
-            let most =
-                if running.splitter.zeroes_ranges() { ZERO_STEPS_IN_FLIGHT_MAX } else { STEPS_IN_FLIGHT_MAX };
             if sound
-                && running.steps_in_flight < most
+                && running.steps_in_flight < running.steps_in_flight_max()
                 && (alone || !running.splitter.awaits_others())
                 && let Some(task) = running.splitter.next()
             {

@@ -7,7 +7,7 @@ use std::ops::Bound;
 
 use block::{ByteRange, Extent, HostCommand, Monotonic, VolumeId, VolumeIndex};
 use bytes::{Bytes, BytesMut};
-use control::{Peer, VolumeAccess};
+use control::Peer;
 use engine::STEP_BYTES_MAX;
 use engine::volume::STEPS_IN_FLIGHT_MAX;
 use frontend::nbd::{Cookie, Event, ReplyStyle, Transmission};
@@ -56,7 +56,7 @@ pub(super) struct Arriving {
 
 /// A read or write that waits for memory.
 #[derive(Clone, Copy)]
-struct Waiting {
+pub(super) struct Waiting {
     cookie: Cookie,
     command: HostCommand,
 }
@@ -97,7 +97,7 @@ pub(super) struct Connection {
     bulky: bool,
     /// The last receive got all that there was.
     quiet: bool,
-    waiting: Option<Waiting>,
+    pub(super) waiting: Option<Waiting>,
     commands: usize,
     /// Bytes of its commands on their way, with those of replies that are not sent.
     bytes: usize,
@@ -105,11 +105,11 @@ pub(super) struct Connection {
     /// When the send on its way began.
     pub(super) sending_since: Monotonic,
     /// Closes as soon as its commands are answered.
-    ending: bool,
+    pub(super) ending: bool,
     pub(super) closed: bool,
     /// Its host, and whether it was let in to read only.
-    peer: Peer,
-    read_only: bool,
+    pub(super) peer: Peer,
+    pub(super) read_only: bool,
     _place: OwnedSemaphorePermit,
 }
 
@@ -554,86 +554,6 @@ impl Shard {
             return self.close(id);
         }
         self.flushing.insert(id);
-    }
-
-    /// Closes a connection: commands that have not begun are dropped, the others end without a reply.
-    pub(super) fn close(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.0) else {
-            return;
-        };
-        if !connection.closed {
-            connection.closed = true;
-            let _ = connection.socket.shutdown();
-            let key = connection.key;
-            connection.waiting = None;
-            let unsent = connection.output.abandon();
-            // What the kernel has comes back first.
-            let arriving = connection.arriving.take_if(|arriving| arriving.buffer.is_some());
-            let arriving = arriving.map_or(0, |arriving| charge(&arriving.command));
-            self.release_memory(Some(id), unsent + arriving);
-            self.starved.retain(|starved| *starved != id);
-            self.forget_requests(id);
-            if let Some(served) = self.groups.get_mut(&key) {
-                served.connections.remove(&id);
-                self.touched.insert(key);
-            }
-        }
-        let Some(connection) = self.connections.get(id.0) else {
-            return;
-        };
-        if !connection.output.is_sending() && !matches!(connection.intake, Intake::Receiving) {
-            self.connections.remove(id.0);
-            self.flushing.remove(&id);
-        }
-    }
-
-    /// Ends a group's connections once their commands are answered: no more is read from them.
-    pub(super) fn end_connections(&mut self, key: GroupKey) {
-        let ids: Vec<ConnectionId> = self
-            .groups
-            .get(&key)
-            .map(|served| served.connections.iter().copied().collect())
-            .unwrap_or_default();
-        for id in ids {
-            if let Some(connection) = self.connections.get_mut(id.0) {
-                connection.ending = true;
-                self.flushing.insert(id);
-            }
-        }
-    }
-
-    /// Closes the connections to a volume whose hosts may not have them any more.
-    pub(super) fn apply_access(&mut self, key: GroupKey, volume: VolumeId, access: &VolumeAccess) {
-        let (Some(index), Some(served)) = (self.volume_index(key, volume), self.groups.get(&key)) else {
-            return;
-        };
-        let lost = |id: &&ConnectionId| {
-            self.connections.get(id.0).is_some_and(|connection| {
-                connection.volume == index && !access.permits(&connection.peer, connection.read_only)
-            })
-        };
-        let lost: Vec<ConnectionId> = served.connections.iter().filter(lost).copied().collect();
-        if !lost.is_empty() {
-            tracing::info!(count = lost.len(), "host connections are closed: their access was taken back");
-        }
-        for id in lost {
-            self.close(id);
-        }
-    }
-
-    /// Closes a group's connections at once.
-    pub(super) fn close_connections(&mut self, key: GroupKey, reason: &str) {
-        let ids: Vec<ConnectionId> = self
-            .groups
-            .get(&key)
-            .map(|served| served.connections.iter().copied().collect())
-            .unwrap_or_default();
-        if !ids.is_empty() {
-            tracing::info!(count = ids.len(), reason, "host connections are closed");
-        }
-        for id in ids {
-            self.close(id);
-        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! group and everything of it lives on one shard, so the data path has no locks. It sleeps when there is nothing to do.
 
 mod clock;
+mod closing;
 mod command;
 mod connection;
 mod datapath;

@@ -40,7 +40,7 @@ pub(super) struct Demand {
     pub(super) handshakes: u64,
     /// A home and an intent map each.
     pub(super) volumes: u64,
-    /// Segments and checkpoints of redo logs.
+    /// Segments and checkpoints of redo logs, and spills.
     pub(super) redo_files: u64,
 }
 

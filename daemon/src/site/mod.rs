@@ -173,9 +173,6 @@ impl Site {
             removals: Arc::default(),
             settings,
         });
-        if let Some(shortage) = site.descriptors_wanted().shortage() {
-            tracing::warn!("{shortage}");
-        }
         site.serve(threads, received, incoming, metrics).await
     }
 
@@ -186,6 +183,9 @@ impl Site {
         incoming: mpsc::Receiver<replicator::IncomingSession>,
         metrics: PrometheusHandle,
     ) -> anyhow::Result<Running> {
+        if let Some(shortage) = self.descriptors_wanted().shortage() {
+            tracing::warn!("{shortage}");
+        }
         // Whatever can be refused is asked for first: opening the groups uses up the records of their clean stops.
         let mut listeners = Vec::new();
         let config = certificates::server_config(&self.settings)?;
@@ -243,7 +243,8 @@ impl Site {
             connections: u64::from(self.settings.nbd_connections_max.get()),
             handshakes: count(HANDSHAKES_MAX),
             volumes: count(self.catalogue.volumes().len()),
-            redo_files: mirrors * (u64::from(self.settings.redo_segments.get()) + 1),
+            // With the checkpoints and the spill.
+            redo_files: mirrors * (u64::from(self.settings.redo_segments.get()) + 2),
         }
     }
 

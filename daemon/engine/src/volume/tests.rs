@@ -5,7 +5,6 @@ use std::num::NonZeroU32;
 use proptest::prelude::*;
 
 use super::*;
-use crate::ZERO_STEP_BYTES_MAX;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 4 * MIB;
