@@ -63,8 +63,10 @@ fn fail_back(pair: &mut Pair) -> Result<()> {
         let orphaned = view.get("orphaned_bytes").and_then(serde_json::Value::as_u64);
         orphaned.is_some_and(|bytes| bytes >= CHUNKS * CHUNK_BYTES)
     })?;
-    ensure!(view["role"] == "secondary", "{view:#}");
-    pair.east.wait_for_mirror("waiting for a start", TIMEOUT, |view| view["needs_start"] == true)?;
+    ensure!(view.get("role").is_some_and(|role| role == "secondary"), "{view:#}");
+    pair.east.wait_for_mirror("waiting for a start", TIMEOUT, |view| {
+        view.get("needs_start").is_some_and(|needed| needed == true)
+    })?;
     pair.east.run("mirror start mirror --primary local")?;
     pair.east.wait_caught_up()?;
     pair.check_equal("data")
