@@ -291,6 +291,13 @@ impl Group {
         watch.look_at = [rising, refuses].into_iter().flatten().min();
     }
 
+    /// The RPO, or whether the policy applies, may have changed at once rather than with time: it is looked at in this turn.
+    pub(super) fn look_at_rpo(&mut self) {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.watch.look_again();
+        }
+    }
+
     /// Changes what the mirror's operator wants of it, at once.
     ///
     /// # Errors

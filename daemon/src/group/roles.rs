@@ -390,6 +390,7 @@ impl Group {
         }
         mirror.state = next;
         if let Some(change) = mirror.changes.pop_front() {
+            self.look_at_rpo();
             self.changed(change);
         }
     }
