@@ -303,16 +303,17 @@ impl Secondary {
     }
 
     fn write_current(&mut self, now: Monotonic, out: &mut Outbox) {
-        self.applying.stage = Stage::Guarding;
-        if !self.guard_home(out) {
-            return;
-        }
         if let Some(last) = self.applying.current.last() {
             let begun = Begun { number: last.number, end: last.placement.end(), point: last.point };
             // What is written again after a failed flush was begun before, and perhaps more.
             if begun.number >= self.begun.number {
                 self.begun = begun;
             }
+        }
+        // Only behind that: a rewind must not choose a point before what waits for the drill here.
+        self.applying.stage = Stage::Guarding;
+        if !self.guard_home(out) {
+            return;
         }
         let records: Vec<Record> = self
             .applying
