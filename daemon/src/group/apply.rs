@@ -320,7 +320,7 @@ impl Secondary {
             .current
             .iter()
             .filter(|item| !item.done)
-            .flat_map(|item| item.records.iter().flatten().cloned())
+            .flat_map(|item| journal::without_voided(item.records.as_deref().unwrap_or_default()).cloned())
             .collect();
         let steps = plan(&records);
         self.applying.touched.extend(steps.iter().map(|step| step.volume));

@@ -431,8 +431,11 @@ impl Secondary {
         let mut batch = Batch { cuts, stage: BatchStage::Applying, outstanding: 0, failed: false };
         if initial {
             // One plan for all of them: writes that are in flight together must not overlap.
-            let records: Vec<_> =
-                batch.cuts.iter().flat_map(|received| received.cut.records.iter().cloned()).collect();
+            let records: Vec<_> = batch
+                .cuts
+                .iter()
+                .flat_map(|received| journal::without_voided(&received.cut.records).cloned())
+                .collect();
             let plan = engine::apply::plan(&records);
             batch.outstanding = super::apply::issue(&plan, &records, Purpose::InitialApply, out);
             self.batch = Some(batch);

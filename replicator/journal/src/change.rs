@@ -33,13 +33,20 @@ pub enum ChangeContent {
     Zeros,
 }
 
+fn voided(records: &[Record]) -> BTreeSet<Sequence> {
+    records.iter().filter(|record| record.kind == RecordKind::Void).map(|record| record.sequence).collect()
+}
+
+/// The records of one cut but for those that it voids. Cuts are merged only after this: in another incarnation the same
+/// sequence is another write.
+pub fn without_voided(records: &[Record]) -> impl Iterator<Item = &Record> {
+    let voided = voided(records);
+    records.iter().filter(move |record| !voided.contains(&record.sequence))
+}
+
 /// The changes of a cut with these records, in their order.
 pub fn changes(records: &[Record]) -> Vec<Change> {
-    let voided: BTreeSet<Sequence> = records
-        .iter()
-        .filter(|record| record.kind == RecordKind::Void)
-        .map(|record| record.sequence)
-        .collect();
+    let voided = voided(records);
     let mut offset = u64::try_from(head_length(records.len())).unwrap_or(u64::MAX);
     let mut changes = Vec::with_capacity(records.len());
     for record in records {
@@ -71,6 +78,14 @@ mod tests {
         let length = if kind.has_payload() { usize::try_from(range.length()).unwrap() } else { 0 };
         let payload = Bytes::from(vec![fill; length]);
         Record { sequence: Sequence(sequence), volume: VolumeIndex(0), kind, range, payload }
+    }
+
+    #[test]
+    fn a_void_concerns_its_own_cut_only() {
+        let older = [record(7, RecordKind::Zero, 3, 1)];
+        let newer = [record(7, RecordKind::Write, 9, 1), Record::void(Sequence(7), VolumeIndex(0))];
+        let merged: Vec<&Record> = without_voided(&older).chain(without_voided(&newer)).collect();
+        assert_eq!(merged, [&older[0]]);
     }
 
     #[test]
