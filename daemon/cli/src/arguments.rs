@@ -8,7 +8,7 @@ use std::time::Duration;
 use block::{ByteCount, VolumeName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{
-    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Side, TlsRule,
+    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Rate, Side, TlsRule,
     UnknownState, VolumeAccessChange, VolumeCreate,
 };
 
@@ -240,6 +240,12 @@ pub(crate) struct MirrorCreateArguments {
     /// What gives way when the partner cannot keep up.
     #[arg(long, value_enum, default_value_t = OverloadWord::Bitmap)]
     pub(crate) overload: OverloadWord,
+    /// The most that is sent, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited", default_value_t)]
+    pub(crate) bandwidth: Rate,
+    /// The most that copies and comparisons read, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited", default_value_t)]
+    pub(crate) resync_rate: Rate,
 }
 
 #[derive(Debug, Args)]
@@ -253,6 +259,12 @@ pub(crate) struct MirrorSetArguments {
     /// stop their writes.
     #[arg(long, value_enum)]
     pub(crate) overload: Option<OverloadWord>,
+    /// The most that is sent, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited")]
+    pub(crate) bandwidth: Option<Rate>,
+    /// The most that copies and comparisons read, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited")]
+    pub(crate) resync_rate: Option<Rate>,
 }
 
 /// What `mirror wait` waits for.

@@ -186,11 +186,18 @@ fn mirror_create(arguments: MirrorCreateArguments) -> MirrorCreate {
         mode: arguments.mode.into(),
         rpo_seconds: arguments.rpo,
         overload: arguments.overload.into(),
+        bandwidth: arguments.bandwidth,
+        resync_rate: arguments.resync_rate,
     }
 }
 
 fn mirror_set(arguments: &MirrorSetArguments) -> MirrorSet {
-    MirrorSet { rpo_seconds: arguments.rpo, overload: arguments.overload.map(Into::into) }
+    MirrorSet {
+        rpo_seconds: arguments.rpo,
+        overload: arguments.overload.map(Into::into),
+        bandwidth: arguments.bandwidth,
+        resync_rate: arguments.resync_rate,
+    }
 }
 
 /// The certificate file's text, if it can be one.

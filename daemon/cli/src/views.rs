@@ -116,6 +116,8 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
         ("resync", resync),
         ("orphaned", (view.orphaned_bytes > 0).then(|| format!("{} bytes", view.orphaned_bytes))),
         ("overload", Some(overload(view))),
+        ("bandwidth", Some(view.bandwidth.to_string())),
+        ("resync rate", Some(view.resync_rate.to_string())),
         (
             "memory",
             Some(format!(

@@ -98,6 +98,8 @@ fn mirror(state: MirrorState) -> MirrorView {
         orphaned_bytes: 0,
         overload: Overload::Bitmap,
         pressure: control::PressureView::default(),
+        bandwidth: control::Rate::default(),
+        resync_rate: control::Rate::default(),
         memory: control::MirrorMemory::default(),
         volumes: vec!["a".parse().unwrap()],
         partner: "az2".parse().unwrap(),

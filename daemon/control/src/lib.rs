@@ -26,7 +26,7 @@ pub use mirror::{
     MirrorState, MirrorView, Overload, RecoveryPoint, ResyncView, Role, Side, UnknownState,
 };
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
-pub use policy::{HostWrites, MirrorSet, PressureView};
+pub use policy::{HostWrites, MirrorSet, PressureView, Rate, RateError};
 pub use problem::{Problem, ProblemKind};
 pub use status::{Counts, StatusView};
 pub use time::{Timestamp, TimestampError};

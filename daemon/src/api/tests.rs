@@ -88,6 +88,8 @@ fn mirror(name: VolumeName) -> MirrorView {
         orphaned_bytes: 0,
         overload: Overload::Bitmap,
         pressure: control::PressureView::default(),
+        bandwidth: control::Rate::default(),
+        resync_rate: control::Rate::default(),
         memory: control::MirrorMemory::default(),
         volumes: vec![],
         partner: "p".parse().unwrap(),
@@ -300,6 +302,8 @@ fn mirror_create(mode: MirrorMode, volumes: &[&str]) -> MirrorCreate {
         mode,
         rpo_seconds: None,
         overload: Overload::Bitmap,
+        bandwidth: control::Rate::default(),
+        resync_rate: control::Rate::default(),
     }
 }
 

@@ -12,7 +12,7 @@ use std::path::Path;
 use block::{ByteCount, IopsLimit, MirrorId, SiteId, VolumeId, VolumeIndex};
 use control::{
     ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, CERTIFICATE_BYTES_MAX, Cache, HostAccess, Iops, MirrorMode,
-    Overload, Role, VolumeAccess,
+    Overload, Rate, Role, VolumeAccess,
 };
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -29,8 +29,9 @@ const SLOT_BYTES: usize = 16 << 10;
 /// The same as a file offset.
 const SLOT_OFFSET: u64 = 16 << 10;
 const MAGIC: [u8; 8] = *b"FARSHVOL";
-/// Version 1 lacks the access to the volume: its place is zero there, which means any host.
-const VERSION: u32 = 2;
+/// Version 1 lacks the access to the volume: its place is zero there, which means any host. Versions 1 and 2 lack the
+/// mirror's rates: their places are zero there, which means no limit.
+const VERSION: u32 = 3;
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=VERSION;
 const FIXED_BYTES: usize = 256;
 const TEXT_BYTES: usize = SLOT_BYTES - FIXED_BYTES;
@@ -75,7 +76,9 @@ struct Fixed {
     revision: U64,
     text_lengths: [U16; TEXTS],
     access: u8,
-    reserved: [u8; 113],
+    bandwidth: U64,
+    resync_rate: U64,
+    reserved: [u8; 97],
 }
 
 /// A whole slot.
@@ -244,7 +247,10 @@ impl Header {
         if !VERSIONS.contains(&fixed.version.get()) {
             return Err(HeaderError::Version(fixed.version.get()));
         }
-        if fixed.reserved.iter().any(|byte| *byte != 0) {
+        let old = fixed.version.get() < 3;
+        if fixed.reserved.iter().any(|byte| *byte != 0)
+            || (old && (fixed.bandwidth.get() != 0 || fixed.resync_rate.get() != 0))
+        {
             return Err(HeaderError::Field("reserved"));
         }
         let texts = slot.texts().ok_or(HeaderError::Field("text_lengths"))?;
@@ -337,6 +343,17 @@ fn decode_hosts(mut bytes: &[u8]) -> Option<Vec<HostAccess>> {
     (bytes.is_empty() && hosts.len() <= ACCESS_HOSTS_MAX).then_some(hosts)
 }
 
+/// A rate as it stands in a header; 0 is none.
+fn rate_field(rate: Rate) -> U64 {
+    U64::new(rate.0.map_or(0, std::num::NonZeroU64::get))
+}
+
+fn rate(field: U64, name: &'static str) -> Result<Rate, HeaderError> {
+    let rate = std::num::NonZeroU64::new(field.get());
+    let allowed = rate.is_none_or(|rate| (Rate::LEAST..=Rate::MOST).contains(&rate.get()));
+    if allowed { Ok(Rate(rate)) } else { Err(HeaderError::Field(name)) }
+}
+
 fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
     let (mirror, group) = (&part.mirror, &part.mirror.group);
     fixed.link = if part.settled { 2 } else { 1 };
@@ -347,6 +364,8 @@ fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
     fixed.index = U16::new(part.index.0);
     fixed.volume_count = U16::new(part.volume_count);
     fixed.rpo_seconds = U32::new(mirror.rpo_seconds.get());
+    fixed.bandwidth = rate_field(mirror.bandwidth);
+    fixed.resync_rate = rate_field(mirror.resync_rate);
     fixed.mirror = mirror.id.to_bytes();
     fixed.epoch = U64::new(group.epoch);
     fixed.incarnation = U64::new(group.incarnation);
@@ -388,6 +407,8 @@ fn decode_mirror(fixed: &Fixed, texts: &[&[u8]; TEXTS]) -> Result<Option<MirrorP
         mode: meaning(MirrorMode::ALL, fixed.mode, "mode")?,
         rpo_seconds: fixed.rpo_seconds.get().try_into().map_err(|_| HeaderError::Field("rpo_seconds"))?,
         overload: meaning(Overload::ALL, fixed.overload, "overload")?,
+        bandwidth: rate(fixed.bandwidth, "bandwidth")?,
+        resync_rate: rate(fixed.resync_rate, "resync_rate")?,
         volumes: Vec::new(),
         group: GroupRecord {
             epoch: fixed.epoch.get(),

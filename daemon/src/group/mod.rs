@@ -11,6 +11,7 @@ mod effect;
 mod link;
 mod overload;
 mod primary;
+mod rate;
 mod resync;
 mod roles;
 mod secondary;
@@ -557,11 +558,13 @@ impl Group {
         let mut copies = Vec::new();
         match &mut mirror.machine {
             Machine::Primary(primary) => {
+                primary.bandwidth.begin_turn();
+                primary.copy_rate.begin_turn();
                 primary.dial_if_due(now, &mut self.out);
-                primary.compare_more(&mut self.out);
+                primary.compare_more(now, &mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
                 primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
-                copies = primary.plan_copies();
+                copies = primary.plan_copies(now);
                 primary.clear_intent(&mirror.settings, now, &mut self.out);
                 primary.write_intent(&mut self.out);
             }

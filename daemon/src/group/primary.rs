@@ -20,6 +20,7 @@ use journal::{CutMeta, EncodedCut, Record, RecordKind, Ring};
 use protocol::{GroupState, RpoTracker, SenderChain};
 
 use super::effect::{Effect, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::rate::ByteLimit;
 use super::resync::{Compare, Copying};
 use super::{CleanState, MirrorSettings};
 
@@ -146,6 +147,10 @@ pub(super) struct Primary {
     pub(super) compare: Compare,
     pub(super) copying: Copying,
     pub(super) cut_due: Option<Monotonic>,
+    /// The bytes of cuts.
+    pub(super) bandwidth: ByteLimit,
+    /// The bytes that copies and comparisons read.
+    pub(super) copy_rate: ByteLimit,
     last_cut: Monotonic,
     /// Stamps of the target's clock, with the last sequence assigned when each was heard.
     echoes: VecDeque<(Sequence, WallTime)>,
@@ -212,6 +217,8 @@ impl Primary {
             compare,
             copying: Copying::default(),
             cut_due: None,
+            bandwidth: ByteLimit::new(settings.policy.bandwidth, now),
+            copy_rate: ByteLimit::new(settings.policy.resync_rate, now),
             last_cut: now,
             echoes: VecDeque::new(),
             greeted_at: now,
@@ -454,7 +461,8 @@ impl Primary {
             }
             let due = self.cut_due.is_some_and(|due| now >= due);
             let heartbeat = self.pass.is_none() && now.since(self.last_cut) >= HEARTBEAT;
-            if !(full || (due && limit > after) || commits_pass || (heartbeat && limit <= after)) {
+            let wanted = full || (due && limit > after) || commits_pass || (heartbeat && limit <= after);
+            if !wanted || !self.bandwidth.admits(now) {
                 return;
             }
             self.send_cut(settings, session, after, through, commits_pass, now, wall, out);
@@ -509,7 +517,9 @@ impl Primary {
         }
         self.last_cut = now;
         self.cut_due = None;
-        let chunks = std::iter::once(encoded.head).chain(encoded.payloads).collect();
+        let chunks: Vec<Bytes> = std::iter::once(encoded.head).chain(encoded.payloads).collect();
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        self.bandwidth.spent(u64::try_from(bytes).unwrap_or(u64::MAX));
         out.push(Effect::SendCut { session, chunks });
     }
 
@@ -621,12 +631,21 @@ impl Primary {
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
         match &self.link {
             Link::Down { retry_at, .. } => self.admission_open.then_some(*retry_at),
-            Link::Up { .. } if self.gate == Gate::Open && self.may_send() => {
-                // A heartbeat is due only while nothing waits for a cut.
-                self.cut_due.or_else(|| self.pass.is_none().then(|| self.last_cut + HEARTBEAT))
+            Link::Up { .. } => {
+                let cut = if self.gate == Gate::Open && self.may_send() { self.cut_timeout() } else { None };
+                [cut, self.copy_rate.poll_timeout()].into_iter().flatten().min()
             }
-            Link::Up { .. } => None,
             Link::Dialing { .. } | Link::Greeting { .. } | Link::Halted { .. } | Link::Stopped => None,
+        }
+    }
+
+    /// When a cut may go that waits for its time or for the bandwidth.
+    fn cut_timeout(&self) -> Option<Monotonic> {
+        // A heartbeat is due only while nothing waits for a cut.
+        let due = self.cut_due.or_else(|| self.pass.is_none().then(|| self.last_cut + HEARTBEAT));
+        match (due, self.bandwidth.poll_timeout()) {
+            (Some(due), Some(ready)) => Some(due.max(ready)),
+            (due, ready) => due.or(ready),
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
-use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, VolumeAccess};
+use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, Rate, VolumeAccess};
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
 use store::File;
@@ -107,6 +107,8 @@ impl Site {
             mode: create.mode,
             rpo_seconds: create.rpo_seconds.unwrap_or(self.settings.rpo_seconds),
             overload: create.overload,
+            bandwidth: create.bandwidth,
+            resync_rate: create.resync_rate,
             volumes: volumes.iter().map(|volume| volume.id).collect(),
             group: group_record(&GroupState::new_primary(site)),
             revision: 0,
@@ -345,8 +347,10 @@ impl Site {
             partner: partner.clone(),
             mode: MirrorMode::Async,
             rpo_seconds: rpo.unwrap_or(self.settings.rpo_seconds),
-            // Policies that touch hosts are a site's own: an operator sets them where hosts are.
+            // Policies and limits are a site's own: an operator sets them where hosts are.
             overload: Overload::default(),
+            bandwidth: Rate::default(),
+            resync_rate: Rate::default(),
             volumes: volumes.iter().map(|volume| volume.id).collect(),
             group: group_record(&state),
             revision: 0,

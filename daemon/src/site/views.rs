@@ -109,6 +109,8 @@ impl Site {
             orphaned_bytes: view.orphaned.0,
             overload: mirror.overload,
             pressure: super::policy::pressure_view(view.pressure),
+            bandwidth: mirror.bandwidth,
+            resync_rate: mirror.resync_rate,
             memory: MirrorMemory {
                 ring_bytes: view.memory.0,
                 ring_bytes_max: self.settings.ring.0,

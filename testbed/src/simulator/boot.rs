@@ -51,6 +51,7 @@ impl World {
             lineage: None,
             policy: plan.policies[site],
             held_since: None,
+            owed: Default::default(),
             heard_epoch: 0,
             start_given: 0,
             failover: None,
@@ -171,6 +172,7 @@ impl World {
         let known = &mut self.sites[site];
         known.group = Some(group);
         known.lineage = None;
+        known.owed = Default::default();
         known.heard_epoch = 0;
         known.presented = false;
         let _ = self.enter(site);

@@ -181,6 +181,9 @@ impl World {
         let answer = Answer::Io(io);
         match request {
             IoRequest::HomeRead { volume, range } => {
+                if self.sites[site].state.role == Role::Primary {
+                    self.check_rate(site, true, range.length());
+                }
                 return self.read(site, usize::from(volume.0), range, answer);
             }
             IoRequest::RedoRead { file, offset, length } => {
@@ -392,6 +395,7 @@ impl World {
             Ok(decoded) => decoded,
             Err(error) => return self.fail(format!("a cut that was sent does not decode: {error}")),
         };
+        self.check_rate(site, false, wide(cut.len()));
         self.statistics.cuts += 1;
         self.statistics.staged += u64::from(!decoded.meta.commit);
         for record in decoded.records.iter().filter(|record| record.kind == RecordKind::Bad) {
