@@ -182,6 +182,14 @@ pub(crate) enum MirrorCommand {
     },
     /// Change what the mirror is to do, at this site, while it runs.
     Set(MirrorSetArguments),
+    /// Compare the partner's image with this primary's, in the order of writes, while hosts write; wait for the report.
+    Verify {
+        /// The mirror's name.
+        name: VolumeName,
+        /// Overwrite what differs with the blocks of this side.
+        #[arg(long, value_enum, value_name = "local|partner")]
+        repair_from: Option<SideWord>,
+    },
     /// Stop copying; the partner keeps its image.
     Stop {
         /// The mirror's name.

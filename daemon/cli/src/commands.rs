@@ -7,8 +7,8 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
-    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart, PartnerAdd,
-    VolumeCreate, VolumeResize, VolumeView,
+    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify,
+    PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -129,6 +129,12 @@ impl Session {
             MirrorCommand::Set(arguments) => {
                 let name = arguments.name.clone();
                 self.ask(&Call::mirror_set(&name, mirror_set(&arguments)), views::mirror).await
+            }
+            MirrorCommand::Verify { name, repair_from } => {
+                let verify = MirrorVerify { repair_from: repair_from.map(Into::into) };
+                let report = crate::verify::verify(&self.client, &name, verify).await?;
+                self.print(&report, views::verify)?;
+                crate::verify::judge(&name, &report)
             }
             MirrorCommand::Stop { name } => self.ask(&Call::mirror_stop(&name), views::mirror).await,
             MirrorCommand::Start { name, primary } => {

@@ -100,6 +100,7 @@ fn mirror(state: MirrorState) -> MirrorView {
         pressure: control::PressureView::default(),
         bandwidth: control::Rate::default(),
         resync_rate: control::Rate::default(),
+        verify: None,
         memory: control::MirrorMemory::default(),
         volumes: vec!["a".parse().unwrap()],
         partner: "az2".parse().unwrap(),

@@ -8,8 +8,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView,
-    PartnerAdd, PartnerView, Problem, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate,
+    CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify,
+    MirrorView, PartnerAdd, PartnerView, Problem, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate,
     VolumeResize, VolumeView,
 };
 
@@ -177,6 +177,11 @@ impl Call<MirrorView> {
     /// Changes what a mirror is to do while it runs.
     pub fn mirror_set(name: &VolumeName, set: MirrorSet) -> Self {
         Self::post(format!("/v1/mirrors/{name}/set"), &set)
+    }
+
+    /// Begins to compare the target's image with this primary's; the view tells how far it is.
+    pub fn mirror_verify(name: &VolumeName, verify: MirrorVerify) -> Self {
+        Self::post(format!("/v1/mirrors/{name}/verify"), &verify)
     }
 
     /// Stops a mirror.

@@ -13,6 +13,7 @@ mod policy;
 mod problem;
 mod status;
 mod time;
+mod verify;
 mod volume;
 
 pub use access::{
@@ -30,6 +31,7 @@ pub use policy::{HostWrites, MirrorSet, PressureView, Rate, RateError};
 pub use problem::{Problem, ProblemKind};
 pub use status::{Counts, StatusView};
 pub use time::{Timestamp, TimestampError};
+pub use verify::{Extent, MirrorVerify, VerifyState, VerifyView};
 pub use volume::{Cache, Iops, IopsError, VolumeCreate, VolumeResize, VolumeState, VolumeView};
 
 /// The longest request body that the daemon reads, in bytes: the largest is a partner's certificate.

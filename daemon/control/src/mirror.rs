@@ -7,7 +7,7 @@ use std::str::FromStr;
 use block::{Position, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use crate::{PressureView, Rate, Timestamp};
+use crate::{PressureView, Rate, Timestamp, VerifyView};
 
 /// Gives an enum its words, the same in JSON, on the command line and in tables.
 macro_rules! words {
@@ -293,6 +293,10 @@ pub struct MirrorView {
     /// The most that copies and comparisons read here, in bytes a second.
     #[serde(default)]
     pub resync_rate: Rate,
+    /// The verify that runs, or the last one since the daemon started; null if there was none, or this is not the
+    /// primary.
+    #[serde(default)]
+    pub verify: Option<VerifyView>,
     /// What it holds in memory.
     pub memory: MirrorMemory,
     /// The volumes, in the order of their index.

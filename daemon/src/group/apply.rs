@@ -66,6 +66,8 @@ pub(super) struct Applying {
     pub(super) hurry: bool,
     paused_until: Option<Monotonic>,
     pub(super) degraded: bool,
+    /// How often cuts that home had shown were queued again.
+    pub(super) replays: u64,
 }
 
 impl Applying {
@@ -84,6 +86,7 @@ impl Applying {
             hurry: false,
             paused_until: None,
             degraded: false,
+            replays: 0,
         }
     }
 
@@ -105,6 +108,16 @@ impl Applying {
     /// A replay of what is not released would change nothing at home.
     pub(super) fn holds_only_headers(&self) -> bool {
         self.is_idle() && self.current.is_empty() && self.unflushed.iter().all(|item| item.done)
+    }
+
+    /// The first of the cuts being written.
+    pub(super) fn next_tip(&self) -> Option<Tip> {
+        self.current.first().map(|item| item.tip)
+    }
+
+    /// The last of the cuts being written.
+    pub(super) fn last_tip(&self) -> Option<Tip> {
+        self.current.last().map(|item| item.tip)
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
@@ -332,6 +345,7 @@ impl Secondary {
 
     /// A flush failed, so any write since the last checkpoint may be lost: all of them are made again from redo.
     pub(super) fn replay(&mut self) {
+        self.applying.replays += 1;
         for item in std::mem::take(&mut self.applying.unflushed).into_iter().rev() {
             self.queue.push_front(item);
         }

@@ -250,10 +250,14 @@ pub(super) enum Purpose {
     CopyRead { volume: VolumeIndex, range: ByteRange },
     /// A region read at the primary to compare it.
     CompareRead { request: u64 },
+    /// A range read at the primary under its lock, to verify it.
+    VerifyRead { request: u64 },
     /// A flush that lets intent bits clear.
     ClearFlush { volume: VolumeIndex, submitted_at: Monotonic },
     /// A region read at the target to hash it.
     HashRead { session: SessionId, request: u64 },
+    /// A range read at the target for a verify.
+    VerifyHash { session: SessionId, request: u64 },
     /// A write of a cut of the initial copy to home.
     InitialApply,
     /// A flush of home during the initial copy.

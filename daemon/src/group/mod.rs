@@ -15,6 +15,7 @@ mod rate;
 mod resync;
 mod roles;
 mod secondary;
+mod verify;
 mod view;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -32,9 +33,10 @@ use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
-pub use control::Overload;
+pub use control::{Overload, Side};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
+pub use verify::{VerifyProgress, VerifyReport};
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 
 use apply::ApplyItem;
@@ -295,15 +297,22 @@ impl Group {
 
     /// Takes the mirror away: the volumes serve hosts on their own.
     pub fn detach(&mut self, now: Monotonic) {
+        let stamp = self.stamp;
         let Some(mut mirror) = self.mirror.take() else {
             return;
         };
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
+                let mut locks = primary.copying.abandon();
+                locks.extend(primary.verify.abandon("the mirror was deleted", stamp));
+                self.out.forget(|purpose| {
+                    matches!(purpose, Purpose::CopyRead { .. } | Purpose::VerifyRead { .. })
+                });
                 for (volume, step) in primary.abandon_waiting() {
                     self.admitted(volume, step, now);
                 }
+                self.release_locks(&locks);
             }
             Machine::Secondary(secondary) => secondary.halt("the mirror was deleted", &mut self.out),
             Machine::Changing(_) => {}
@@ -488,6 +497,12 @@ impl Group {
             engine::volume::Effect::Read { step, command, device, wanted } => {
                 Effect::Read { volume, step, command, device, wanted }
             }
+            engine::volume::Effect::Prepare { step, command, .. } if Self::is_repair(command) => {
+                return self.prepare_repair(volume, step, command);
+            }
+            engine::volume::Effect::Reply { command, result } if Self::is_repair(command) => {
+                return self.repair_replied(command, result.is_ok());
+            }
             engine::volume::Effect::Prepare { step, command, device, wanted, read_head, read_tail } => {
                 Effect::Prepare { volume, step, command, device, wanted, read_head, read_tail }
             }
@@ -544,7 +559,9 @@ impl Group {
     fn copy_ready(&mut self, volume: VolumeIndex, step: StepId, device: ByteRange) {
         let now = self.now;
         if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
-            primary.copy_locked(volume, device, &mut self.out);
+            if !primary.verify_locked(volume, step, &mut self.out) {
+                primary.copy_locked(volume, device, &mut self.out);
+            }
         } else if let Some(slot) = self.slot(volume) {
             slot.volume.copy_done(now, step);
         }
@@ -576,6 +593,7 @@ impl Group {
         for (volume, range) in copies {
             self.begin_copy(volume, range);
         }
+        self.verify_turn();
         self.finish_batch();
         self.write_stored_intents();
         self.end_grace();
@@ -584,6 +602,16 @@ impl Group {
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
+        }
+    }
+
+    /// Lets hosts write again what was being read under its lock.
+    fn release_locks(&mut self, locks: &[(VolumeIndex, StepId)]) {
+        let now = self.now;
+        for (volume, step) in locks {
+            if let Some(slot) = self.slot(*volume) {
+                slot.volume.copy_done(now, *step);
+            }
         }
     }
 
@@ -768,8 +796,10 @@ impl Group {
             Purpose::PersistState => self.state_persisted(result.err()),
             Purpose::Transition => self.transition_done(result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
+            Purpose::VerifyRead { request } => self.verify_read(request, result),
             Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => self.primary_io(purpose, result),
             Purpose::HashRead { .. }
+            | Purpose::VerifyHash { .. }
             | Purpose::InitialApply
             | Purpose::InitialFlush
             | Purpose::Apply
@@ -822,6 +852,9 @@ impl Group {
         let ok = result.is_ok();
         match purpose {
             Purpose::HashRead { request, .. } => secondary.hash_read(request, result, &mut self.out),
+            Purpose::VerifyHash { session, request } => {
+                secondary.verify_hashed(session, request, result, &mut self.out);
+            }
             Purpose::Apply => secondary.apply_written(ok, now, &mut self.out),
             Purpose::ApplyFlush => secondary.apply_flushed(ok, now, &mut self.out),
             Purpose::ApplyRead => secondary.apply_read(result, now, &mut self.out),
@@ -833,6 +866,7 @@ impl Group {
             | Purpose::Intent { .. }
             | Purpose::CopyRead { .. }
             | Purpose::CompareRead { .. }
+            | Purpose::VerifyRead { .. }
             | Purpose::ClearFlush { .. }
             | Purpose::PersistState
             | Purpose::Transition => secondary.batch_done(ok, &mut self.out),

@@ -22,6 +22,7 @@ use protocol::{GroupState, RpoTracker, SenderChain};
 use super::effect::{Effect, IoRequest, Loudness, Outbox, Purpose, SessionId};
 use super::rate::ByteLimit;
 use super::resync::{Compare, Copying};
+use super::verify::Verify;
 use super::{CleanState, MirrorSettings};
 
 /// Cuts that may be on the way; more would only sit in the target's queue.
@@ -146,6 +147,7 @@ pub(super) struct Primary {
     pub(super) pass: Option<Pass>,
     pub(super) compare: Compare,
     pub(super) copying: Copying,
+    pub(super) verify: Verify,
     pub(super) cut_due: Option<Monotonic>,
     /// The bytes of cuts.
     pub(super) bandwidth: ByteLimit,
@@ -216,6 +218,7 @@ impl Primary {
             pass: None,
             compare,
             copying: Copying::default(),
+            verify: Verify::default(),
             cut_due: None,
             bandwidth: ByteLimit::new(settings.policy.bandwidth, now),
             copy_rate: ByteLimit::new(settings.policy.resync_rate, now),
@@ -332,6 +335,7 @@ impl Primary {
         let sequence = self.take_sequence(now);
         self.in_flight.insert(sequence, InFlight { volume: write.volume, range: write.range });
         self.steps.insert((write.volume, write.step), sequence);
+        self.verify.wrote(write.volume, write.range, sequence);
         let volume = self.volume(write.volume);
         volume.tracker.began(write.range, sequence);
         volume.bad.clear(write.range);
@@ -633,7 +637,7 @@ impl Primary {
             Link::Down { retry_at, .. } => self.admission_open.then_some(*retry_at),
             Link::Up { .. } => {
                 let cut = if self.gate == Gate::Open && self.may_send() { self.cut_timeout() } else { None };
-                [cut, self.copy_rate.poll_timeout()].into_iter().flatten().min()
+                [cut, self.copy_rate.poll_timeout(), self.verify.poll_timeout()].into_iter().flatten().min()
             }
             Link::Dialing { .. } | Link::Greeting { .. } | Link::Halted { .. } | Link::Stopped => None,
         }

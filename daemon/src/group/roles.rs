@@ -292,17 +292,20 @@ impl Group {
             Machine::Primary(mut primary) => {
                 primary.close(Link::Stopped, "fenced by a higher epoch", &mut self.out);
                 let waiting = primary.abandon_waiting();
-                let copies = primary.copying.abandon();
+                let mut copies = primary.copying.abandon();
+                copies.extend(primary.verify.abandon("this side was fenced", self.stamp));
                 // Their pages in flight are answered while the role changes.
                 mirror.intents = primary.volumes.into_iter().map(|volume| volume.intent).collect();
                 let stage = FenceStage::Persisting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage }));
                 self.out.forget(|purpose| match purpose {
-                    Purpose::CopyRead { .. } | Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => {
-                        true
-                    }
+                    Purpose::CopyRead { .. }
+                    | Purpose::CompareRead { .. }
+                    | Purpose::VerifyRead { .. }
+                    | Purpose::ClearFlush { .. } => true,
                     Purpose::Intent { .. }
                     | Purpose::HashRead { .. }
+                    | Purpose::VerifyHash { .. }
                     | Purpose::InitialApply
                     | Purpose::InitialFlush
                     | Purpose::Apply
@@ -324,7 +327,11 @@ impl Group {
         }
     }
 
-    fn fail_steps(&mut self, waiting: Vec<(VolumeIndex, StepId)>, copies: Vec<(VolumeIndex, StepId)>) {
+    pub(super) fn fail_steps(
+        &mut self,
+        waiting: Vec<(VolumeIndex, StepId)>,
+        copies: Vec<(VolumeIndex, StepId)>,
+    ) {
         let now = self.now;
         for (volume, step) in waiting {
             self.sealed.remove(&(volume, step));
@@ -389,6 +396,8 @@ impl Group {
             (StateChange::Promote(_), Machine::Changing(_)) => self.promoted(),
             (StateChange::Stopped(true), Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "an operator stopped the mirror", &mut self.out);
+                let locks = primary.verify.abandon("an operator stopped the mirror", stamp);
+                self.release_locks(&locks);
             }
             (StateChange::Stopped(false), Machine::Primary(primary)) => primary.redial(now),
             (StateChange::Approve, Machine::Primary(primary)) => {
@@ -507,7 +516,7 @@ impl Group {
             return;
         };
         let intents = std::mem::take(&mut mirror.intents);
-        self.out.forget(|purpose| matches!(purpose, Purpose::HashRead { .. }));
+        self.out.forget(|purpose| matches!(purpose, Purpose::HashRead { .. } | Purpose::VerifyHash { .. }));
         let clean = CleanState::default();
         let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, Some(clean), now);
         primary.admission_open = true;
@@ -581,7 +590,7 @@ impl Group {
         Ok(())
     }
 
-    fn mirror_in_role(&mut self, verb: &str) -> Result<&mut Mirror, VerbRefused> {
+    pub(super) fn mirror_in_role(&mut self, verb: &str) -> Result<&mut Mirror, VerbRefused> {
         let Some(mirror) = &mut self.mirror else {
             return Err(VerbRefused("the volume has no mirror".to_owned()));
         };

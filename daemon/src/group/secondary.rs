@@ -16,6 +16,7 @@ use protocol::{
 use super::MirrorSettings;
 use super::apply::{ApplyItem, Applying};
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::verify::Verifying;
 
 /// Received cuts that wait for the redo log; the transport stops reading beyond.
 const INCOMING_CUTS_MAX: usize = 64;
@@ -91,6 +92,7 @@ pub(super) struct Secondary {
     hashes: VecDeque<Hashing>,
     hashing: BTreeMap<u64, Hashing>,
     last_hash: u64,
+    pub(super) verifying: Verifying,
     /// The newest committed cut's stamps: the primary's clock, and this side's own as the primary had heard it.
     pub(super) stamps: Option<(WallTime, WallTime)>,
     /// Where this side, once a primary, may differ from its new primary.
@@ -130,6 +132,7 @@ impl Secondary {
             hashes: VecDeque::new(),
             hashing: BTreeMap::new(),
             last_hash: 0,
+            verifying: Verifying::default(),
             stamps: recovered.stamps,
             compare: Vec::new(),
             orphaned: None,
@@ -140,6 +143,10 @@ impl Secondary {
 
     pub(super) fn is_session(&self, session: SessionId) -> bool {
         self.session == Some(session)
+    }
+
+    pub(super) const fn session(&self) -> Option<SessionId> {
+        self.session
     }
 
     pub(super) const fn is_connected(&self) -> bool {
@@ -178,6 +185,7 @@ impl Secondary {
     fn drop_incoming(&mut self) {
         self.incoming.clear();
         self.hashes.clear();
+        self.verifying.clear();
         if self.batch.is_none() {
             self.accepted = self.durable;
         }
@@ -239,6 +247,7 @@ impl Secondary {
         match message {
             Message::AbortPass { pass } => self.abort_pass(pass, out),
             Message::HashRequest(request) => self.hashes.push_back(Hashing { session, request }),
+            Message::VerifyRequest(request) => self.verify_asked(request, out),
             Message::Orphans { bytes, waiting } => self.orphaned = Some((bytes, waiting)),
             Message::Hello(_)
             | Message::Welcome(_)
@@ -246,6 +255,7 @@ impl Secondary {
             | Message::Ack(_)
             | Message::PassRefused { .. }
             | Message::HashReply(_)
+            | Message::VerifyReply(_)
             | Message::CreateMirror(_)
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
@@ -349,6 +359,7 @@ impl Secondary {
         self.start_batch(state, out);
         self.apply_more(settings, now, out);
         self.hash_more(out);
+        self.verify_more(out);
     }
 
     fn start_batch(&mut self, state: &GroupState, out: &mut Outbox) {

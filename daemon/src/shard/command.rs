@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use block::{ByteCount, IopsLimit, VolumeId};
 use bytes::Bytes;
-use control::{Peer, VolumeAccess};
+use control::{Peer, Side, VolumeAccess};
 use crypto::VolumeCipher;
 use frontend::nbd::Negotiated;
 use protocol::{GroupState, Hello};
@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::tls::TlsSession;
 use crate::group::{
     CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings, MirrorSnapshot,
-    OpenedMirror, VerbRefused, VolumeSnapshot,
+    OpenedMirror, VerbRefused, VerifyReport, VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -99,6 +99,11 @@ pub enum Verb {
     Loss,
     /// Promote this side.
     Failover,
+    /// Compare the target's image with this side's.
+    Verify {
+        /// See [`crate::group::Group::verify`].
+        repair_from: Option<Side>,
+    },
     /// Do from now on what an operator wants of the mirror.
     Policy(MirrorPolicy),
 }
@@ -115,6 +120,8 @@ pub struct GroupSnapshot {
     pub mirror: Option<MirrorSnapshot>,
     /// Its durable state.
     pub state: Option<GroupState>,
+    /// What its verify has found.
+    pub verify: Option<VerifyReport>,
 }
 
 /// The outcome of a verb.

@@ -456,6 +456,7 @@ impl Shard {
                 Verb::Start { local } => served.group.start(local).map(|()| None),
                 Verb::Loss => served.group.loss().map(Some),
                 Verb::Failover => served.group.failover().map(Some),
+                Verb::Verify { repair_from } => served.group.verify(repair_from).map(|()| None),
                 Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
             };
             let _ = done.send(result);
@@ -491,6 +492,7 @@ impl Shard {
             volumes,
             mirror: served.group.mirror_snapshot(),
             state: served.group.mirror_state().cloned(),
+            verify: served.group.verify_report().cloned(),
         });
     }
 

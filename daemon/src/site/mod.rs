@@ -16,6 +16,7 @@ mod mirrors;
 mod operations;
 mod partners;
 mod policy;
+mod verify;
 mod views;
 mod volumes;
 

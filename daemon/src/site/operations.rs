@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use block::VolumeName;
 use control::{
-    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorView, PartnerAdd,
-    PartnerView, ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange,
-    VolumeCreate, VolumeResize, VolumeView,
+    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView,
+    PartnerAdd, PartnerView, ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess,
+    VolumeAccessChange, VolumeCreate, VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -242,6 +242,10 @@ impl Operations for Operator {
     async fn mirror_set(&self, name: VolumeName, set: MirrorSet) -> Outcome<MirrorView> {
         let _changing = self.changes.lock().await;
         self.set_mirror_policy(&name, set).await
+    }
+
+    async fn mirror_verify(&self, name: VolumeName, verify: MirrorVerify) -> Outcome<MirrorView> {
+        self.begin_verify(&name, verify).await
     }
 
     async fn mirror_stop(&self, name: VolumeName) -> Outcome<MirrorView> {

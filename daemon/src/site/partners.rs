@@ -164,6 +164,8 @@ impl Site {
             | Message::PassRefused { .. }
             | Message::HashRequest(_)
             | Message::HashReply(_)
+            | Message::VerifyRequest(_)
+            | Message::VerifyReply(_)
             | Message::Orphans { .. }
             | Message::Created { .. }
             | Message::Deleted

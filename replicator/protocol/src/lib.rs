@@ -12,6 +12,7 @@ mod receiver;
 mod rpo;
 mod sender;
 mod states;
+mod verify;
 
 pub use codec::CodecError;
 pub use lineage::{Fork, GroupState, HelloVerdict, Refusal, RefusalCode, ResumePlan, Role};
@@ -23,3 +24,4 @@ pub use receiver::{Arrival, ArrivalError, ReceiverChain};
 pub use rpo::RpoTracker;
 pub use sender::{AckOutcome, SenderChain};
 pub use states::{JournalTier, MirrorState};
+pub use verify::{Held, VERIFY_BLOCKS_MAX, VerifyReply, VerifyRequest};

@@ -10,6 +10,7 @@ use bytes::Bytes;
 
 use crate::codec::{CodecError, Reader, Writer};
 use crate::lineage::{FORKS_MAX, Fork, RefusalCode};
+use crate::verify::{self, VerifyReply, VerifyRequest};
 
 /// The version that both sides must speak.
 pub const PROTOCOL_VERSION: u16 = 1;
@@ -186,6 +187,10 @@ pub enum Message {
         /// True while an operator's `start` is awaited.
         waiting: bool,
     },
+    /// Primary to target: what do you hold at this point of the order?
+    VerifyRequest(VerifyRequest),
+    /// Target to primary.
+    VerifyReply(VerifyReply),
     /// Site to partner, first frame of its own session.
     CreateMirror(CreateMirror),
     /// The partner holds the secondary.
@@ -228,6 +233,8 @@ const DELETE_MIRROR: u8 = 18;
 const DELETED: u8 = 19;
 const PING: u8 = 20;
 const PONG: u8 = 21;
+const VERIFY_REQUEST: u8 = 24;
+const VERIFY_REPLY: u8 = 25;
 
 impl Message {
     /// The frame's bytes.
@@ -271,6 +278,14 @@ impl Message {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
                 out.bool(*waiting);
+            }
+            Self::VerifyRequest(request) => {
+                out.u8(VERIFY_REQUEST);
+                verify::encode_request(&mut out, request);
+            }
+            Self::VerifyReply(reply) => {
+                out.u8(VERIFY_REPLY);
+                verify::encode_reply(&mut out, reply);
             }
             Self::CreateMirror(create) => encode_create(&mut out, create),
             Self::Created { site } => {
@@ -325,6 +340,8 @@ impl Message {
                 Self::HashReply(HashReply { id, hashes })
             }
             ORPHANS => Self::Orphans { bytes: ByteCount(input.u64()?), waiting: input.bool("waiting")? },
+            VERIFY_REQUEST => Self::VerifyRequest(verify::decode_request(&mut input)?),
+            VERIFY_REPLY => Self::VerifyReply(verify::decode_reply(&mut input)?),
             CREATE_MIRROR => Self::CreateMirror(decode_create(&mut input)?),
             CREATED => Self::Created { site: input.site()? },
             DELETE_MIRROR => Self::DeleteMirror {
@@ -574,6 +591,24 @@ mod tests {
             Message::Deleted,
             Message::Ping,
             Message::Pong { site: position.origin, name: "east".into() },
+            Message::VerifyRequest(VerifyRequest {
+                id: 5,
+                volume: VolumeIndex(3),
+                range,
+                at: position,
+                content: true,
+            }),
+            Message::VerifyReply(VerifyReply {
+                id: 5,
+                through: position,
+                held: verify::Held::Hashes(vec![[1; 32], [2; 32]]),
+            }),
+            Message::VerifyReply(VerifyReply {
+                id: 6,
+                through: position,
+                held: verify::Held::Content(Bytes::from_static(b"block")),
+            }),
+            Message::VerifyReply(VerifyReply { id: 7, through: position, held: verify::Held::Unreadable }),
         ]
     }
 
@@ -593,7 +628,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..15, at in 0_usize..400, value: u8) {
+        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..19, at in 0_usize..400, value: u8) {
             let mut bytes = samples()[index].encode().to_vec();
             let at = at % bytes.len();
             bytes[at] = value;

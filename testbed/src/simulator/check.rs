@@ -61,7 +61,9 @@ impl World {
         when: &str,
     ) {
         let wrong = hashes.iter().enumerate().find(|(block, hash)| {
-            !self.bad.contains(block) && !self.oracle.allows(lineage, sequence, *block, **hash)
+            !self.bad.contains(block)
+                && !self.planted.blocks.contains(block)
+                && !self.oracle.allows(lineage, sequence, *block, **hash)
         });
         if let Some((block, hash)) = wrong {
             let expected = self.oracle.describe(lineage, block);
@@ -123,6 +125,8 @@ impl World {
             | Message::PassRefused { .. }
             | Message::HashRequest(_)
             | Message::HashReply(_)
+            | Message::VerifyRequest(_)
+            | Message::VerifyReply(_)
             | Message::Orphans { .. }
             | Message::CreateMirror(_)
             | Message::Created { .. }
@@ -217,6 +221,7 @@ impl World {
             self.check_answers(site);
             self.check_rpo(site);
             self.check_alert(site);
+            self.check_verify(site);
         }
         match self.random.below(200) {
             0 => self.check_coverage(true),
@@ -225,6 +230,7 @@ impl World {
         }
         if self.healing {
             self.operate();
+            self.supervise_verify();
             let idle: Vec<usize> = (0..2).filter(|site| self.sites[*site].is_up()).collect();
             for site in idle {
                 let _ = self.enter(site);
@@ -293,7 +299,7 @@ impl World {
                 let range = block::ByteRange::new(index * 4096, 4096).unwrap_or_default();
                 let covered =
                     ours.is_durable(range) || theirs.as_ref().is_some_and(|map| map.is_durable(range));
-                if home[block] != image[block] && !covered {
+                if home[block] != image[block] && !covered && !self.planted.blocks.contains(&block) {
                     return self.fail(format!(
                         "block {block} differs between site {primary} and its target and no intent bit covers it"
                     ));

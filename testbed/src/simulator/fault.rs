@@ -125,6 +125,7 @@ impl World {
             Fault::StateErrors => self.errors(Zone::State, 400),
             Fault::DamageCuts => self.errors(Zone::Cut, 60),
             Fault::SetPolicy => self.order_policy(),
+            Fault::Verify => self.order_verify(),
         }
     }
 

@@ -27,6 +27,7 @@ mod perform;
 mod plan;
 mod pressure;
 mod site;
+mod verifying;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -63,6 +64,8 @@ pub struct Statistics {
     pub staged: u64,
     /// Images that were checked against the oracle.
     pub images: u64,
+    /// Verifies that found and repaired what was planted.
+    pub verified: u64,
 }
 
 impl Statistics {
@@ -75,6 +78,7 @@ impl Statistics {
         self.promotions += other.promotions;
         self.staged += other.staged;
         self.images += other.images;
+        self.verified += other.verified;
     }
 }
 

@@ -142,6 +142,7 @@ impl World {
                 Content::Zeros(_) => 0,
             };
             self.oracle.issued(lineage, sequence.0, first + block, hash);
+            self.note_planted_write(first + block);
         }
         self.sites[site].steps.insert((volume, step), Step { lineage, sequence: sequence.0, range });
         self.attribute(site, volume, step, (lineage, sequence.0, range));

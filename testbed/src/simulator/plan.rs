@@ -35,10 +35,11 @@ pub(super) enum Fault {
     StateErrors,
     DamageCuts,
     SetPolicy,
+    Verify,
 }
 
 impl Fault {
-    const ALL: [Self; 22] = [
+    const ALL: [Self; 23] = [
         Self::KillPrimary,
         Self::KillSecondary,
         Self::PowerPrimary,
@@ -61,6 +62,7 @@ impl Fault {
         Self::StateErrors,
         Self::DamageCuts,
         Self::SetPolicy,
+        Self::Verify,
     ];
 }
 
@@ -91,6 +93,8 @@ pub(super) struct Plan {
     pub(super) hot_blocks: u64,
     /// What operators want at the start, by site.
     pub(super) policies: [MirrorPolicy; 2],
+    /// Corruption is planted when all is calm.
+    pub(super) plant: bool,
 }
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -139,6 +143,7 @@ impl Plan {
             iops: random.chance(150).then_some(3000),
             hot_blocks: [8, 32, 1000][random.index(3)],
             policies: [pressure::draw(random), pressure::draw(random)],
+            plant: random.chance(500),
         }
     }
 }
