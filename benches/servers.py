@@ -147,11 +147,11 @@ class Server:
 class Farshore(Server):
     """farshored in a folder of its own; its URI names the volume `bench`."""
 
-    def __init__(self, folder, name="farshore", flags=()):
+    def __init__(self, folder, name="farshore", flags=(), replication="127.0.0.1:0"):
         self.data, self.socket = folder / "site", folder / "nbd.sock"
         self.cli = [binary("farshore"), "--socket", self.data / "control.sock"]
         self.command = [binary("farshored"), "--dev", self.data, "--nbd", f"unix:{self.socket}"]
-        self.command += ["--replication", "127.0.0.1:0", "--console", "off", *flags]
+        self.command += ["--replication", replication, "--console", "off", *flags]
         super().__init__(name, folder, self.volume_uri("bench"), self.command, self.serves)
 
     def serves(self):

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use block::{ByteCount, VolumeName};
 use control::{
-    Cache, Call, CallError, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize, VolumeView,
+    Cache, Call, CallError, VolumeAccess, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize,
+    VolumeView,
 };
 use daemon::settings::Settings;
 use daemon::site::{Running, Site, install_metrics};
@@ -114,7 +115,9 @@ impl World {
     fn create(&self, cache: Cache) -> VolumeView {
         let class = "standard".to_owned();
         let iops = Some("unlimited".parse().unwrap());
-        let create = VolumeCreate { name: name(), size_bytes: ByteCount(4 * MIB), class, iops, cache };
+        let access = VolumeAccessChange::default();
+        let create =
+            VolumeCreate { name: name(), size_bytes: ByteCount(4 * MIB), class, iops, cache, access };
         let view = self.ask(&Call::volume_create(&create)).unwrap();
         // The shard presents it a moment later.
         let deadline = Instant::now() + PATIENCE;
@@ -123,7 +126,8 @@ impl World {
     }
 
     fn access(&self, change: &VolumeAccessChange) -> Result<VolumeAccess, CallError> {
-        self.ask(&Call::volume_access_change(&name(), change))
+        let view: VolumeAccessView = self.ask(&Call::volume_access_change(&name(), change))?;
+        Ok(view.access)
     }
 
     /// Opens the volume in clear text.
@@ -409,11 +413,40 @@ fn a_limit_beyond_a_shards_estimate_is_told_at_create() {
         class: "standard".to_owned(),
         iops: Some(iops.parse().unwrap()),
         cache: Cache::None,
+        access: VolumeAccessChange::default(),
     };
     assert_eq!(world.ask(&Call::volume_create(&iops("1000"))).unwrap().warning, None);
     let warning = world.ask(&Call::volume_create(&iops("1001"))).unwrap().warning.unwrap();
     assert!(warning.contains("volume 'v1001' may do 1001 IOPS"), "{warning}");
     assert_eq!(world.ask(&Call::volume_show(&"v1001".parse().unwrap())).unwrap().warning, None);
+}
+
+#[test]
+fn a_volume_is_made_with_its_access_or_not_at_all() {
+    let mut world = World::new("optional", "");
+    let named = |volume: &str, access| VolumeCreate {
+        name: volume.parse().unwrap(),
+        size_bytes: ByteCount(MIB),
+        class: "standard".to_owned(),
+        iops: None,
+        cache: Cache::None,
+        access,
+    };
+    let change = VolumeAccessChange {
+        read_only: Some(true),
+        allow: vec!["web1".parse().unwrap()],
+        ..VolumeAccessChange::default()
+    };
+    let view = world.ask(&Call::volume_create(&named("v", change.clone()))).unwrap();
+    let expected = VolumeAccess::default().changed(&change).unwrap();
+    assert_eq!(view.access, expected);
+    let revoked = VolumeAccessChange { revoke: vec!["web2".parse().unwrap()], ..change };
+    let refused = world.ask(&Call::volume_create(&named("w", revoked))).unwrap_err().to_string();
+    assert!(refused.contains("volume 'w' cannot be made: host 'web2' is not in its list"), "{refused}");
+    assert!(world.ask(&Call::volume_show(&"w".parse().unwrap())).is_err());
+    world.stop();
+    world.start();
+    assert_eq!(world.ask(&Call::volume_show(&"v".parse().unwrap())).unwrap().access, expected);
 }
 
 #[test]
@@ -494,5 +527,5 @@ fn access_that_the_settings_make_impossible_is_refused() {
     let tls = VolumeAccessChange { tls: Some(control::TlsRule::Required), ..VolumeAccessChange::default() };
     let refused = world.access(&tls).unwrap_err().to_string();
     assert!(refused.contains("no NBD listener has TLS"), "{refused}");
-    assert_eq!(world.ask(&Call::volume_access(&name())).unwrap(), VolumeAccess::default());
+    assert_eq!(world.ask(&Call::volume_access(&name())).unwrap(), VolumeAccessView::default());
 }

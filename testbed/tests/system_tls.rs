@@ -4,13 +4,15 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 use testbed::harness::nbd::{COMMAND_READ, COMMAND_TRIM, COMMAND_WRITE};
 use testbed::harness::{
-    Bystander, Export, Fio, Footprint, NbdClient, NbdError, Random, Site, SiteOptions, World, files_equal,
-    free_port, run,
+    Bystander, Export, Fio, Footprint, NbdClient, NbdError, Pair, Random, Site, SiteOptions, World,
+    files_equal, free_port, run,
 };
 
 const MEBIBYTE: u64 = 1 << 20;
@@ -54,37 +56,51 @@ impl Secured {
         format!("nbds://{}/data?tls-certificates={}/{host}", self.tls, self.hosts)
     }
 
-    fn check(&self, uri: &str, wanted: &str) -> Result<()> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/access.py");
-        run("/usr/bin/python3", &[&*script.to_string_lossy(), uri, wanted])
-            .with_context(|| format!("{uri} should be {wanted}"))?;
-        Ok(())
-    }
-
     fn trust_server(&self, host: &str) -> Result<()> {
-        let folder = format!("{}/{host}", self.hosts);
-        fs::create_dir_all(&folder)?;
-        // qemu wants the issuer of the host's own certificate there too.
-        let server = fs::read_to_string(self.site.directory().join("tls/ca-cert.pem"))?;
-        let own = fs::read_to_string(format!("{}/ca-cert.pem", self.hosts))?;
-        Ok(fs::write(format!("{folder}/ca-cert.pem"), server + &own)?)
+        trust_servers(&self.hosts, host, &[&self.site])
     }
 
-    /// A host's folder as libnbd and qemu want it.
+    fn check(&self, uri: &str, wanted: &str) -> Result<()> {
+        check(uri, wanted)
+    }
+
     fn issue(&self, host: &str, identity: &str, authority: &str) -> Result<()> {
         self.trust_server(host)?;
-        let (hosts, folder) = (&self.hosts, format!("{}/{host}", self.hosts));
-        let extensions = format!("{folder}/extensions");
-        fs::write(&extensions, "extendedKeyUsage=clientAuth\n")?;
-        let (key, request) = (format!("{folder}/client-key.pem"), format!("{folder}/request.pem"));
-        openssl(&format!(
-            "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -subj /CN={identity} -out {request}"
-        ))?;
-        openssl(&format!(
-            "x509 -req -in {request} -CA {hosts}/{authority}-cert.pem -CAkey {hosts}/{authority}-key.pem \
-             -CAcreateserial -days 2 -extfile {extensions} -out {folder}/client-cert.pem"
-        ))
+        issue(&self.hosts, host, identity, authority)
     }
+}
+
+fn check(uri: &str, wanted: &str) -> Result<()> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("clients/access.py");
+    run("/usr/bin/python3", &[&*script.to_string_lossy(), uri, wanted])
+        .with_context(|| format!("{uri} should be {wanted}"))?;
+    Ok(())
+}
+
+fn trust_servers(hosts: &str, host: &str, sites: &[&Site]) -> Result<()> {
+    let folder = format!("{hosts}/{host}");
+    fs::create_dir_all(&folder)?;
+    // qemu wants the issuer of the host's own certificate there too.
+    let mut trusted = fs::read_to_string(format!("{hosts}/ca-cert.pem"))?;
+    for site in sites {
+        trusted += &fs::read_to_string(site.directory().join("tls/ca-cert.pem"))?;
+    }
+    Ok(fs::write(format!("{folder}/ca-cert.pem"), trusted)?)
+}
+
+/// A host's folder as libnbd and qemu want it.
+fn issue(hosts: &str, host: &str, identity: &str, authority: &str) -> Result<()> {
+    let folder = format!("{hosts}/{host}");
+    let extensions = format!("{folder}/extensions");
+    fs::write(&extensions, "extendedKeyUsage=clientAuth\n")?;
+    let (key, request) = (format!("{folder}/client-key.pem"), format!("{folder}/request.pem"));
+    openssl(&format!(
+        "req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {key} -subj /CN={identity} -out {request}"
+    ))?;
+    openssl(&format!(
+        "x509 -req -in {request} -CA {hosts}/{authority}-cert.pem -CAkey {hosts}/{authority}-key.pem \
+         -CAcreateserial -days 2 -extfile {extensions} -out {folder}/client-cert.pem"
+    ))
 }
 
 fn make_authority(folder: &str, name: &str) -> Result<()> {
@@ -187,6 +203,94 @@ fn only_listed_hosts_open_a_volume_and_as_the_list_says() -> Result<()> {
         secured.site.run("volume access data --any-host")?;
         secured.check(&secured.uri("stranger"), "rw")?;
         secured.site.terminate()
+    })
+}
+
+/// Who may open the volume `data` at a site, without what is said of the partner.
+fn access_at(site: &Site) -> Result<Value> {
+    let mut access = site.json("volume access data")?;
+    if let Some(access) = access.as_object_mut() {
+        access.remove("warning");
+    }
+    Ok(access)
+}
+
+fn wait_for_same_access(pair: &Pair) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (west, east) = (access_at(&pair.west)?, access_at(&pair.east)?);
+        if west == east {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "west has {west}, its replica {east}");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_replica_is_never_more_open_than_its_primary_also_after_a_failover() -> Result<()> {
+    World::run(|world| {
+        let hosts = world.text("hosts");
+        make_authority(&hosts, "ca")?;
+        let ports = [free_port(), free_port()];
+        let flags = |tls: SocketAddr| {
+            let listener = format!("{tls},tls=optional");
+            vec!["--nbd".to_owned(), listener, "--nbd-client-ca".to_owned(), format!("{hosts}/ca-cert.pem")]
+        };
+        let mut pair = Pair::start_with(world, ports.map(flags))?;
+        for site in [&pair.west, &pair.east] {
+            ["partner", "failover", "promot", "epoch"].into_iter().for_each(|text| site.log().allow(text));
+        }
+        for host in ["web1", "web2", "backup", "stranger"] {
+            trust_servers(&hosts, host, &[&pair.west, &pair.east])?;
+            issue(&hosts, host, host, "ca")?;
+        }
+        let uri = |tls: SocketAddr, host: &str| format!("nbds://{tls}/data?tls-certificates={hosts}/{host}");
+
+        pair.west.run("volume create data --size 16MiB --iops unlimited --allow web1 --allow backup:ro")?;
+        pair.mirror(&["data"])?;
+        ensure!(access_at(&pair.west)?["hosts"].as_array().is_some_and(|hosts| hosts.len() == 2), "the list");
+        ensure!(access_at(&pair.west)? == access_at(&pair.east)?, "the replica is made without its access");
+        let sentence = pair.east.refused("volume access data --any-host")?;
+        ensure!(sentence.contains("follows its primary"), "{sentence}");
+
+        // What lets in less is there when the answer is.
+        pair.west.run("volume access data --revoke backup")?;
+        ensure!(access_at(&pair.west)? == access_at(&pair.east)?, "the replica is behind");
+        let tightest = access_at(&pair.east)?;
+
+        pair.cut();
+        let sentence = pair.west.refused("volume access data --read-only")?;
+        ensure!(sentence.contains("--here-first"), "{sentence}");
+        ensure!(access_at(&pair.west)? == tightest, "a refused change was made");
+        let told = pair.west.cli("volume access data --allow web2")?;
+        ensure!(told.stderr.contains("warning"), "{told:?}");
+        check(&uri(ports[0], "web2"), "rw")?;
+        let status = pair.west.json("status")?;
+        ensure!(status["warnings"].to_string().contains("the replica of volume 'data'"), "{status:#}");
+        ensure!(access_at(&pair.east)? == tightest, "the replica heard through a cut link");
+        pair.heal();
+        wait_for_same_access(&pair)?;
+
+        pair.cut();
+        pair.west.run("volume access data --revoke web2 --here-first")?;
+        check(&uri(ports[0], "web2"), "refused")?;
+        pair.heal();
+        wait_for_same_access(&pair)?;
+
+        pair.wait_caught_up()?;
+        pair.east.restart()?;
+        pair.west.kill9()?;
+        pair.east.run("mirror failover mirror --accept-loss")?;
+        check(&uri(ports[1], "web1"), "rw")?;
+        for host in ["stranger", "backup", "web2"] {
+            check(&uri(ports[1], host), "refused")?;
+        }
+        check(&pair.east.export("data").uri(), "refused")?;
+        // It is the primary now, and its list its own to change.
+        pair.east.run("volume access data --allow backup:ro")?;
+        check(&uri(ports[1], "backup"), "ro")?;
+        Ok(())
     })
 }
 

@@ -91,12 +91,13 @@ pub(crate) struct VolumeCreateArguments {
     /// Bypass the page cache (none) or use it (page).
     #[arg(long, value_enum, default_value_t = CacheWord::None)]
     pub(crate) cache: CacheWord,
+    #[command(flatten)]
+    pub(crate) access: AccessArguments,
 }
 
+/// Who may open a volume.
 #[derive(Debug, Args)]
-pub(crate) struct VolumeAccessArguments {
-    /// The volume's name.
-    pub(crate) name: VolumeName,
+pub(crate) struct AccessArguments {
     /// Whether the volume can be opened over TLS only.
     #[arg(long, value_enum)]
     pub(crate) tls: Option<TlsWord>,
@@ -110,18 +111,11 @@ pub(crate) struct VolumeAccessArguments {
     /// write, unless the name ends with :ro. May be given several times.
     #[arg(long, value_name = "IDENTITY[:ro|:rw]")]
     pub(crate) allow: Vec<HostAccess>,
-    /// Take a host from the list; its connections are closed. May be given several times.
-    #[arg(long, value_name = "IDENTITY")]
-    pub(crate) revoke: Vec<HostIdentity>,
-    /// Empty the list first: if no --allow follows, any host may open the volume.
-    #[arg(long)]
-    pub(crate) any_host: bool,
 }
 
-impl VolumeAccessArguments {
-    /// What is to change; none if nothing was said.
-    pub(crate) fn change(&self) -> Option<VolumeAccessChange> {
-        let change = VolumeAccessChange {
+impl AccessArguments {
+    pub(crate) fn change(&self) -> VolumeAccessChange {
+        VolumeAccessChange {
             tls: self.tls.map(Into::into),
             read_only: match (self.read_only, self.read_write) {
                 (true, _) => Some(true),
@@ -129,8 +123,37 @@ impl VolumeAccessArguments {
                 (false, false) => None,
             },
             allow: self.allow.clone(),
+            ..VolumeAccessChange::default()
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VolumeAccessArguments {
+    /// The volume's name.
+    pub(crate) name: VolumeName,
+    #[command(flatten)]
+    pub(crate) access: AccessArguments,
+    /// Take a host from the list; its connections are closed. May be given several times.
+    #[arg(long, value_name = "IDENTITY")]
+    pub(crate) revoke: Vec<HostIdentity>,
+    /// Empty the list first: if no --allow follows, any host may open the volume.
+    #[arg(long)]
+    pub(crate) any_host: bool,
+    /// Of a mirrored volume: shut out here what is to be shut out, also if the partner cannot be told now. It is told when
+    /// it answers again; a failover before that lets in what was shut out.
+    #[arg(long)]
+    pub(crate) here_first: bool,
+}
+
+impl VolumeAccessArguments {
+    /// What is to change; none if nothing was said.
+    pub(crate) fn change(&self) -> Option<VolumeAccessChange> {
+        let change = VolumeAccessChange {
             revoke: self.revoke.clone(),
             any_host: self.any_host,
+            here_first: self.here_first,
+            ..self.access.change()
         };
         (change != VolumeAccessChange::default()).then_some(change)
     }
@@ -202,6 +225,11 @@ pub(crate) enum MirrorCommand {
         /// Whose writes are kept where both sites have some.
         #[arg(long, value_enum, value_name = "local|partner")]
         primary: Option<SideWord>,
+    },
+    /// Give this primary's role to the secondary; nothing is lost, hosts reconnect there.
+    Switch {
+        /// The mirror's name.
+        name: VolumeName,
     },
     /// Make this secondary primary; what it has not received is lost.
     Failover {

@@ -86,7 +86,11 @@ impl Session {
                     Some(change) => Call::volume_access_change(&arguments.name, &change),
                     None => Call::volume_access(&arguments.name),
                 };
-                self.ask(&call, views::access).await
+                let view = self.client.send(&call).await?;
+                if let Some(warning) = &view.warning {
+                    output::complain(&format!("warning: {warning}"));
+                }
+                self.print(&view, |view| views::access(&view.access))
             }
             VolumeCommand::List => self.ask(&Call::volume_list(), |list| views::volumes(list)).await,
             VolumeCommand::Show { name } => self.ask(&Call::volume_show(&name), views::volume).await,
@@ -141,6 +145,7 @@ impl Session {
                 let start = MirrorStart { primary: primary.map(Into::into) };
                 self.ask(&Call::mirror_start(&name, start), views::mirror).await
             }
+            MirrorCommand::Switch { name } => self.ask(&Call::mirror_switch(&name), views::mirror).await,
             MirrorCommand::Failover { name, accept_loss } => self.failover(&name, accept_loss).await,
             MirrorCommand::Wait { name, goal, timeout } => {
                 let view = wait(&self.client, &name, goal, timeout).await?;
@@ -181,6 +186,7 @@ fn volume_create(arguments: VolumeCreateArguments) -> VolumeCreate {
         class: arguments.class,
         iops: arguments.iops,
         cache: arguments.cache.into(),
+        access: arguments.access.change(),
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use control::{
     Cache, JournalTier, MirrorMode, MirrorState, MirrorView, Overload, Problem, ProblemKind, Role,
-    VolumeAccess, VolumeState, VolumeView,
+    VolumeAccess, VolumeAccessView, VolumeState, VolumeView,
 };
 use tempfile::TempDir;
 
@@ -230,6 +230,30 @@ fn a_warning_is_a_sentence_on_stderr_beside_the_answer() {
 }
 
 #[test]
+fn a_volume_is_created_with_the_words_of_access() {
+    let site = Site::answering(|number, request| {
+        let access = r#","access":{"tls":"required","read_only":true,"allow":[{"identity":"h1","read_only":true}],"any_host":false,"here_first":false}}"#;
+        assert_eq!(request.contains("\"access\""), number == 0, "{request}");
+        assert!(number > 0 || request.ends_with(access), "{request}");
+        (200, json(&volume(None)))
+    });
+    assert_eq!(site.run("volume create a --size 1MiB --tls required --read-only --allow h1:ro").0, 0);
+    assert_eq!(site.run("volume create a --size 1MiB").0, 0);
+    assert_eq!(Site::absent().run("volume create a --size 1MiB --revoke h1").0, 2);
+}
+
+#[test]
+fn what_the_partner_was_not_told_is_a_warning_beside_the_access() {
+    let site = Site::answering(|_, _| {
+        let warning = Some("the replica of volume 'a' may not have it".to_owned());
+        (200, json(&VolumeAccessView { warning, ..VolumeAccessView::default() }))
+    });
+    let (code, stdout, stderr) = site.run("volume access a --read-only --here-first");
+    assert_eq!((code, stdout.as_str()), (0, "TLS     optional\naccess  read-write\nhosts   any\n"));
+    assert_eq!(stderr, "farshore: warning: the replica of volume 'a' may not have it\n");
+}
+
+#[test]
 fn a_resize_asks_for_the_new_size() {
     let site = Site::answering(|_, request| {
         assert!(request.starts_with("POST /v1/volumes/a/resize HTTP/1.1\r\n"), "{request}");
@@ -247,7 +271,7 @@ fn access_is_shown_without_flags_and_changed_with_them() {
             _ => "POST /v1/volumes/a/access HTTP/1.1\r\n",
         };
         assert!(request.starts_with(expected), "{request}");
-        let body = r#"{"tls":"required","read_only":false,"allow":[{"identity":"h1","read_only":false},{"identity":"h2","read_only":true}],"revoke":["h3"],"any_host":false}"#;
+        let body = r#"{"tls":"required","read_only":false,"allow":[{"identity":"h1","read_only":false},{"identity":"h2","read_only":true}],"revoke":["h3"],"any_host":false,"here_first":false}"#;
         assert!(number == 0 || request.ends_with(body), "{request}");
         let hosts = vec!["h1".parse().unwrap(), "h2:ro".parse().unwrap()];
         (200, json(&VolumeAccess { hosts, ..VolumeAccess::default() }))

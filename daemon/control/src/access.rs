@@ -239,6 +239,19 @@ pub struct VolumeAccessChange {
     pub revoke: Vec<HostIdentity>,
     /// Empty the list first, so that any host may open the volume if none is added.
     pub any_host: bool,
+    /// Of a mirrored volume: shut out here what is to be shut out, also if the partner cannot be told now.
+    pub here_first: bool,
+}
+
+/// Who may open a volume, and what is not as it should be with that.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeAccessView {
+    /// Who may open it.
+    #[serde(flatten)]
+    pub access: VolumeAccess,
+    /// That a mirror's partner has other rules still, as a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
 }
 
 /// Why a change of a volume's access is refused; it reads on after "the access to volume 'NAME' stays as it is: ".

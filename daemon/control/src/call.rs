@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify,
-    MirrorView, PartnerAdd, PartnerView, Problem, StatusView, VolumeAccess, VolumeAccessChange, VolumeCreate,
-    VolumeResize, VolumeView,
+    MirrorView, PartnerAdd, PartnerView, Problem, StatusView, VolumeAccessChange, VolumeAccessView,
+    VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// The HTTP methods of the API.
@@ -118,7 +118,7 @@ impl Call<VolumeView> {
     }
 }
 
-impl Call<VolumeAccess> {
+impl Call<VolumeAccessView> {
     /// Who may open a volume.
     pub fn volume_access(name: &VolumeName) -> Self {
         Self::bare(Method::Get, format!("/v1/volumes/{name}/access"))
@@ -192,6 +192,11 @@ impl Call<MirrorView> {
     /// Starts a mirror.
     pub fn mirror_start(name: &VolumeName, start: MirrorStart) -> Self {
         Self::post(format!("/v1/mirrors/{name}/start"), &start)
+    }
+
+    /// Gives the primary's role to the secondary; nothing is lost.
+    pub fn mirror_switch(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/mirrors/{name}/switch"))
     }
 }
 

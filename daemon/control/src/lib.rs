@@ -6,6 +6,7 @@
 //! A refusal is a [`Problem`] (RFC 9457).
 
 mod access;
+mod access_order;
 mod call;
 mod mirror;
 mod partner;
@@ -19,7 +20,7 @@ mod volume;
 pub use access::{
     ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, AccessChangeError, AccessRefusal, Admission,
     HOST_IDENTITY_BYTES_MAX, HostAccess, HostIdentity, HostIdentityError, Peer, TlsRule, VolumeAccess,
-    VolumeAccessChange,
+    VolumeAccessChange, VolumeAccessView,
 };
 pub use call::{Call, CallError, Method};
 pub use mirror::{

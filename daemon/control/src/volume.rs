@@ -7,7 +7,7 @@ use std::str::FromStr;
 use block::{ByteCount, IopsLimit, VolumeId, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use crate::VolumeAccess;
+use crate::{VolumeAccess, VolumeAccessChange};
 
 /// A limit on host commands a second; in JSON a number from 1 or `"unlimited"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,6 +138,13 @@ pub struct VolumeCreate {
     /// The cache mode.
     #[serde(default)]
     pub cache: Cache,
+    /// Who may open it, as a change of what is open to any host.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub access: VolumeAccessChange,
+}
+
+fn is_default(access: &VolumeAccessChange) -> bool {
+    *access == VolumeAccessChange::default()
 }
 
 impl VolumeCreate {

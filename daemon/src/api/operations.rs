@@ -5,7 +5,7 @@ use std::future::Future;
 use block::VolumeName;
 use control::{
     CertificateView, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView,
-    PartnerAdd, PartnerView, Problem, ProblemKind, StatusView, VolumeAccess, VolumeAccessChange,
+    PartnerAdd, PartnerView, Problem, ProblemKind, StatusView, VolumeAccessChange, VolumeAccessView,
     VolumeCreate, VolumeResize, VolumeView,
 };
 
@@ -54,13 +54,13 @@ pub trait Operations: Send + Sync + 'static {
         resize: VolumeResize,
     ) -> impl Future<Output = Outcome<VolumeView>> + Send;
     /// Who may open a volume.
-    fn volume_access(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
+    fn volume_access(&self, name: VolumeName) -> impl Future<Output = Outcome<VolumeAccessView>> + Send;
     /// Changes who may open a volume.
     fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> impl Future<Output = Outcome<VolumeAccess>> + Send;
+    ) -> impl Future<Output = Outcome<VolumeAccessView>> + Send;
     /// Deletes a volume and its data.
     fn volume_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// This site's own certificate.
@@ -101,6 +101,8 @@ pub trait Operations: Send + Sync + 'static {
     ) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Makes the secondary primary; the operator has accepted the loss.
     fn mirror_failover(&self, name: VolumeName) -> impl Future<Output = Outcome<FailoverResult>> + Send;
+    /// Gives this side's role to the partner; nothing is lost.
+    fn mirror_switch(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Deletes a mirror; its volumes stay.
     fn mirror_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// The site as a whole.

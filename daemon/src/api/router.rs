@@ -30,6 +30,7 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/mirrors/{name}/verify", post(mirror_verify::<O>))
         .route("/v1/mirrors/{name}/stop", post(mirror_stop::<O>))
         .route("/v1/mirrors/{name}/start", post(mirror_start::<O>))
+        .route("/v1/mirrors/{name}/switch", post(mirror_switch::<O>))
         .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
         .route("/v1/status", get(status::<O>))
         .fallback(no_route)
@@ -97,6 +98,7 @@ handlers! {
     mirror_verify(Name name, Body verify) -> ACCEPTED;
     mirror_stop(Name name) -> OK;
     mirror_start(Name name, Body start) -> OK;
+    mirror_switch(Name name) -> OK;
     mirror_delete(Name name) -> NO_CONTENT;
     status() -> OK;
 }

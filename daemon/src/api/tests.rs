@@ -8,8 +8,8 @@ use block::{ByteCount, Position, SiteId, VolumeId, VolumeName};
 use control::{
     Cache, Call, CallError, CertificateView, Counts, FailoverRequest, FailoverResult, MirrorCreate,
     MirrorMode, MirrorSet, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
-    RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeCreate, VolumeResize,
-    VolumeState, VolumeView,
+    RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeAccessView,
+    VolumeCreate, VolumeResize, VolumeState, VolumeView,
 };
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -122,20 +122,21 @@ impl Operations for Fake {
         Ok(volume(name))
     }
 
-    async fn volume_access(&self, name: VolumeName) -> Result<VolumeAccess, OperationError> {
+    async fn volume_access(&self, name: VolumeName) -> Result<VolumeAccessView, OperationError> {
         self.note("volume access", Some(&name))?;
-        Ok(VolumeAccess::default())
+        Ok(VolumeAccessView::default())
     }
 
     async fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> Result<VolumeAccess, OperationError> {
+    ) -> Result<VolumeAccessView, OperationError> {
         self.note("volume access change", Some(&name))?;
-        VolumeAccess::default()
+        let access = VolumeAccess::default()
             .changed(&change)
-            .map_err(|error| OperationError::new(ProblemKind::Invalid, error.to_string()))
+            .map_err(|error| OperationError::new(ProblemKind::Invalid, error.to_string()))?;
+        Ok(VolumeAccessView { access, warning: None })
     }
 
     async fn volume_delete(&self, name: VolumeName) -> Result<(), OperationError> {
@@ -216,6 +217,11 @@ impl Operations for Fake {
             seconds_lost: 0.25,
             seconds_lost_bound: true,
         })
+    }
+
+    async fn mirror_switch(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
+        self.note("mirror switch", Some(&name))?;
+        Ok(mirror(name))
     }
 
     async fn mirror_delete(&self, name: VolumeName) -> Result<(), OperationError> {
@@ -326,16 +332,17 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
         class: "standard".to_owned(),
         iops: None,
         cache: Cache::None,
+        access: VolumeAccessChange::default(),
     };
     assert_eq!(api.send(Call::volume_create(&create)).await.unwrap().name, name("a"));
     assert_eq!(api.send(Call::volume_list()).await.unwrap().len(), 1);
     api.send(Call::volume_show(&name("a"))).await.unwrap();
     let resize = VolumeResize { size_bytes: ByteCount(2 << 20) };
     api.send(Call::volume_resize(&name("a"), resize)).await.unwrap();
-    assert_eq!(api.send(Call::volume_access(&name("a"))).await.unwrap(), VolumeAccess::default());
+    assert_eq!(api.send(Call::volume_access(&name("a"))).await.unwrap(), VolumeAccessView::default());
     let change = VolumeAccessChange { allow: vec!["h:ro".parse().unwrap()], ..VolumeAccessChange::default() };
     let access = api.send(Call::volume_access_change(&name("a"), &change)).await.unwrap();
-    assert_eq!(access.hosts, change.allow);
+    assert_eq!(access.access.hosts, change.allow);
     api.send(Call::volume_delete(&name("a"))).await.unwrap();
     assert_eq!(api.send(Call::certificate_show()).await.unwrap().certificate, "PEM");
     let add =
@@ -354,6 +361,7 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     api.send(Call::mirror_stop(&name("m"))).await.unwrap();
     let start = MirrorStart { primary: Some(Side::Local) };
     api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
+    assert_eq!(api.send(Call::mirror_switch(&name("m"))).await.unwrap(), mirror(name("m")));
     let failover = FailoverRequest { accept_loss: true };
     assert!(api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap().seconds_lost_bound);
     api.send(Call::mirror_delete(&name("m"))).await.unwrap();
@@ -361,7 +369,8 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     let expected = "volume create a, volume list, volume show a, volume resize to 2097152 a, volume access a, \
                     volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
-                    mirror set Some(Pace) m, mirror verify Some(Local) m, mirror stop m, mirror start Some(Local) m, mirror failover m, mirror delete m, status";
+                    mirror set Some(Pace) m, mirror verify Some(Local) m, mirror stop m, mirror start Some(Local) m, \
+                    mirror switch m, mirror failover m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);
 }
 

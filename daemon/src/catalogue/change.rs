@@ -21,15 +21,17 @@ impl Catalogue {
     /// Begins the creation of a volume: takes name and identity, makes its folder and header. The caller then makes the
     /// data files and calls [`Self::commit_volume`] or [`Self::discard_volume`]; after a crash the next start discards.
     ///
-    /// Returns the folder.
+    /// Returns the folder. `revision` of the record is set here.
     ///
     /// # Errors
     /// Name or identity is taken, the pool is unknown, a value is too long, or the file system fails.
     pub fn reserve_volume(&self, volume: VolumeRecord) -> Result<PathBuf, CatalogueError> {
         let mut state = self.state();
+        let volume = VolumeRecord { revision: 1, ..volume };
         let folder = self.folder(&volume).ok_or_else(|| CatalogueError::UnknownPool(volume.pool.clone()))?;
         bound("class", &volume.name, volume.class.len(), 1, CLASS_BYTES_MAX)?;
         bound("wrapped key", &volume.name, volume.wrapped_key.len(), 1, WRAPPED_KEY_BYTES_MAX)?;
+        bound("list of hosts", &volume.name, volume.access.hosts_bytes(), 0, ACCESS_HOSTS_BYTES_MAX)?;
         let mut others = state.content.volumes.values().chain(state.reserved.values());
         if others.any(|other| other.name == volume.name || other.id == volume.id) {
             return Err(exists("volume", volume.name));
@@ -79,26 +81,43 @@ impl Catalogue {
         }
     }
 
-    /// Stores a volume's new size or access.
+    /// Changes a volume's size or access, as its next revision; returns the new record.
     ///
     /// # Errors
     /// The volume does not exist, the list of hosts is too long, or its header or the catalogue cannot be written: then
-    ///  the old record stands, though a rebuild from headers may bring up the new one.
+    /// the old record stands, as a still later revision if the header takes that; if not, a restart may bring up the new.
     ///
     /// # Panics
     /// If anything else in the record has changed.
-    pub fn update_volume(&self, new: VolumeRecord) -> Result<(), CatalogueError> {
+    pub fn change_volume(
+        &self,
+        id: VolumeId,
+        change: impl FnOnce(&mut VolumeRecord),
+    ) -> Result<VolumeRecord, CatalogueError> {
         let mut state = self.state();
-        let old = state.content.volumes.get(&new.id).ok_or_else(|| CatalogueError::unknown_volume(new.id))?;
-        let (size, access) = (new.size, new.access.clone());
-        assert!(new == VolumeRecord { size, access, ..old.clone() }, "only size and access change");
+        let old = state.content.volumes.get(&id).cloned();
+        let old = old.ok_or_else(|| CatalogueError::unknown_volume(id))?;
+        let mut new = VolumeRecord { revision: old.revision.saturating_add(1), ..old.clone() };
+        change(&mut new);
+        let (size, access, revision) = (new.size, new.access.clone(), new.revision);
+        assert!(new == VolumeRecord { size, access, revision, ..old.clone() }, "only size and access change");
         bound("list of hosts", &new.name, new.access.hosts_bytes(), 0, ACCESS_HOSTS_BYTES_MAX)?;
         let mirror = state.content.mirror_of(new.id);
         let part = mirror.and_then(|(mirror, index)| state.content.part(mirror, usize::from(index.0), true));
-        self.write_header(&state.content, &new, Life::Live, part)?;
-        self.apply(&[Change::Volume(&new)])?;
-        state.content.volumes.insert(new.id, new);
-        Ok(())
+        let written = self.write_header(&state.content, &new, Life::Live, part.clone());
+        let outcome = written.and_then(|()| self.apply(&[Change::Volume(&new)]));
+        let stands = if outcome.is_ok() {
+            new.clone()
+        } else {
+            // Header or catalogue may hold what was refused. A later revision keeps it from coming up at the next start.
+            let stands = VolumeRecord { revision: revision.saturating_add(1), ..old };
+            if !self.fuse.is_blown() {
+                let _ = self.write_header(&state.content, &stands, Life::Live, part);
+            }
+            stands
+        };
+        state.content.volumes.insert(stands.id, stands);
+        outcome.map(|()| new)
     }
 
     /// Deletes a volume and its files. The caller has closed them.

@@ -29,9 +29,9 @@ const SLOT_BYTES: usize = 16 << 10;
 /// The same as a file offset.
 const SLOT_OFFSET: u64 = 16 << 10;
 const MAGIC: [u8; 8] = *b"FARSHVOL";
-/// Version 1 lacks the access to the volume: its place is zero there, which means any host. Versions 1 and 2 lack the
-/// mirror's rates: their places are zero there, which means no limit.
-const VERSION: u32 = 3;
+/// Version 3 lacks the mirror's rates, version 2 also the volume's revision, version 1 also the access to it: their places
+/// are zero there, which means no limit, that nothing was changed yet, and any host.
+const VERSION: u32 = 4;
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=VERSION;
 const FIXED_BYTES: usize = 256;
 const TEXT_BYTES: usize = SLOT_BYTES - FIXED_BYTES;
@@ -76,9 +76,11 @@ struct Fixed {
     revision: U64,
     text_lengths: [U16; TEXTS],
     access: u8,
+    reserved_before: u8,
+    volume_revision: U64,
     bandwidth: U64,
     resync_rate: U64,
-    reserved: [u8; 97],
+    reserved: [u8; 88],
 }
 
 /// A whole slot.
@@ -218,6 +220,7 @@ impl Header {
         fixed.life = code(LIVES, self.life);
         fixed.cache = code(CACHES, self.volume.cache);
         fixed.access = access_bits(&self.volume.access);
+        fixed.volume_revision = U64::new(self.volume.revision);
         let mut texts: [&[u8]; TEXTS] = [&[]; TEXTS];
         if let Some(part) = &self.mirror {
             encode_mirror(part, fixed);
@@ -247,11 +250,16 @@ impl Header {
         if !VERSIONS.contains(&fixed.version.get()) {
             return Err(HeaderError::Version(fixed.version.get()));
         }
-        let old = fixed.version.get() < 3;
-        if fixed.reserved.iter().any(|byte| *byte != 0)
-            || (old && (fixed.bandwidth.get() != 0 || fixed.resync_rate.get() != 0))
-        {
+        let rates = fixed.bandwidth.get() != 0 || fixed.resync_rate.get() != 0;
+        if fixed.version.get() < 4 && rates {
+            return Err(HeaderError::Field("bandwidth"));
+        }
+        if fixed.reserved_before != 0 || fixed.reserved.iter().any(|byte| *byte != 0) {
             return Err(HeaderError::Field("reserved"));
+        }
+        let revision = fixed.volume_revision.get();
+        if fixed.version.get() < 3 && revision != 0 {
+            return Err(HeaderError::Field("volume_revision"));
         }
         let texts = slot.texts().ok_or(HeaderError::Field("text_lengths"))?;
         let [name, class, key, .., hosts] = texts;
@@ -280,6 +288,7 @@ impl Header {
             access,
             wrapped_key: key.to_vec(),
             pool: pool.clone(),
+            revision,
         };
         Ok(Self {
             site: SiteId::from_bytes(fixed.site),

@@ -1,9 +1,10 @@
 //! The catalogue: which volumes, partners and mirrors this site has, and each mirror's epoch, role and lineage.
 //!
 //! Guarantees: a change is durable when its call returns, wholly or not at all; a group's epoch and incarnation never
-//! fall; and the catalogue can be rebuilt from the volumes' headers, which every change writes *before* the catalogue's
-//! own transaction. The state of a consistency group is opaque bytes here. Formats and the order of writes are
-//! docs/formats/catalogue.md's. Calls block on the disk; they belong on a thread that may.
+//! fall; a volume's older copy never overrides a later change of it; and the catalogue can be rebuilt from the volumes'
+//! headers, which every change writes *before* the catalogue's own transaction. The state of a consistency group is opaque
+//! bytes here. Formats and the order of writes are docs/formats/catalogue.md's. Calls block on the disk; they belong on a
+//! thread that may.
 
 mod change;
 mod error;

@@ -47,6 +47,12 @@ pub enum Notice {
         /// The epoch taken over.
         epoch: u64,
     },
+    /// A header knew a later size or access of its volume than the catalogue, which took them over.
+    #[error("volume '{volume}' has the size and access that its header says; the catalogue was behind")]
+    VolumeAhead {
+        /// The volume.
+        volume: VolumeName,
+    },
     /// The remains of an unfinished create or delete were removed.
     #[error("'{}' was left by an unfinished create or delete and is removed", .folder.display())]
     LeftoverRemoved {

@@ -1,7 +1,8 @@
 //! Opening: the catalogue's file and the volumes' headers are brought to agree.
 //!
-//! The catalogue is right, but for one thing: a later state of a group that only a header knows is taken over, as its
-//! epoch may have been seen by others. A header that knows a volume or a settled mirror that the catalogue lacks shows
+//! The catalogue is right, but for what only a header knows, as it is written first: a later state of a group is taken over,
+//! for its epoch may have been seen by others, and so is a later revision of a volume, for hosts may have been refused or
+//! have written by it. An older header changes nothing. A header that knows a volume or a settled mirror that the catalogue lacks shows
 //! that the catalogue is an old copy; that is refused, as acting on it could undo a fencing.
 
 use std::collections::BTreeMap;
@@ -61,6 +62,11 @@ impl Catalogue {
             self.apply(&[Change::Mirror(&ahead)])?;
             notices.push(Notice::HeaderAhead { mirror: ahead.name.clone(), epoch: ahead.group.epoch });
             state.content.mirrors.insert(ahead.id, ahead);
+        }
+        for ahead in volumes_ahead(&state.content, found) {
+            self.apply(&[Change::Volume(&ahead)])?;
+            notices.push(Notice::VolumeAhead { volume: ahead.name.clone() });
+            state.content.volumes.insert(ahead.id, ahead);
         }
         for volume in state.content.volumes.values() {
             notices.extend(self.mend(&state.content, volume, found.get(&volume.id)));
@@ -171,6 +177,18 @@ fn check(content: &Content, found: &BTreeMap<VolumeId, Found>, file: &Path) -> R
         }
     }
     Ok(())
+}
+
+/// The volumes of which a live header has a later revision, as it says. A name never changes.
+fn volumes_ahead(content: &Content, found: &BTreeMap<VolumeId, Found>) -> Vec<VolumeRecord> {
+    let ahead = |known: &VolumeRecord| {
+        let header = found.get(&known.id)?.header.as_ref().ok()?;
+        let is_later = header.life == Life::Live
+            && header.volume.name == known.name
+            && header.volume.revision > known.revision;
+        is_later.then(|| VolumeRecord { pool: known.pool.clone(), ..header.volume.clone() })
+    };
+    content.volumes.values().filter_map(ahead).collect()
 }
 
 /// The mirrors of which a header knows a later state, with that state.

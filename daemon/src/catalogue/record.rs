@@ -36,6 +36,10 @@ pub struct VolumeRecord {
     pub wrapped_key: Vec<u8>,
     /// The pool that holds its folder. Not in the header, whose place tells it.
     pub pool: VolumeName,
+    /// Counts the volume's changes: of catalogue and header the one with the higher is right. Set by the catalogue; 0
+    /// before the first change of a volume from a format that had none.
+    #[serde(default)]
+    pub revision: u64,
 }
 
 /// A partner.

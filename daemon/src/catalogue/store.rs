@@ -15,9 +15,9 @@ use super::error::{CatalogueError, file_error};
 use super::record::{MirrorRecord, PartnerRecord, VolumeRecord};
 use super::seal::{Seal, Verdict};
 
-/// Format 1 has no access in the rows of volumes. A daemon that knows only that would open them to any host, so a
-/// catalogue is raised to this format when it is opened.
-const FORMAT: u32 = 2;
+/// The rows of volumes have no revision in format 2, and in format 1 no access either. A daemon that knows only these would
+/// forget the revision, or open volumes to any host, so a catalogue is raised to this format when it is opened.
+const FORMAT: u32 = 3;
 const FORMATS: std::ops::RangeInclusive<u32> = 1..=FORMAT;
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const VOLUMES: TableDefinition<[u8; 16], &[u8]> = TableDefinition::new("volumes");
@@ -278,9 +278,9 @@ pub(super) fn sync_folder_of(path: &Path) -> Result<(), CatalogueError> {
     synced.map_err(file_error("syncing folder", folder))
 }
 
-/// Takes the access from the rows of volumes, as format 1 has them, and writes this format's number.
+/// Takes from the rows of volumes what this format does not have, and writes its number.
 #[cfg(test)]
-pub(super) fn rewrite_as_format_1(file: &Path, format: u32) {
+pub(super) fn rewrite_as_format(file: &Path, format: u32) {
     let seal = Seal::of(file);
     seal.open().unwrap();
     let database = Database::open(file).unwrap();
@@ -294,7 +294,13 @@ pub(super) fn rewrite_as_format_1(file: &Path, format: u32) {
             .collect();
         for (key, row) in rows {
             let mut row: serde_json::Value = serde_json::from_slice(&row).unwrap();
-            row.as_object_mut().unwrap().remove("access");
+            let fields = row.as_object_mut().unwrap();
+            if format < 3 {
+                fields.remove("revision");
+            }
+            if format < 2 {
+                fields.remove("access");
+            }
             volumes.insert(key, row.to_string().as_bytes())?;
         }
         Ok(())

@@ -97,6 +97,17 @@ fn volume(text: &str, pool: &str) -> VolumeRecord {
         access: VolumeAccess::default(),
         wrapped_key: vec![0x5a; 72],
         pool: name(pool),
+        revision: 1,
+    }
+}
+
+impl Catalogue {
+    fn update_volume(&self, new: VolumeRecord) -> Result<(), CatalogueError> {
+        let changed = self.change_volume(new.id, |volume| {
+            volume.size = new.size;
+            volume.access = new.access;
+        });
+        changed.map(drop)
     }
 }
 
@@ -538,7 +549,7 @@ fn the_header_stands_as_documented() {
     // Creating, live, mirror not settled, mirror settled: four generations, so the newest is in slot 0.
     let slot = &bytes[..16_384];
     assert_eq!(&slot[..8], b"FARSHVOL");
-    assert_eq!(slot[8..12], [2, 0, 0, 0]);
+    assert_eq!(slot[8..12], [3, 0, 0, 0]);
     assert_eq!(slot[16..24], [4, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(slot[40..56], volume("b", "slow").id.to_bytes());
     assert_eq!(slot[56..64], [0, 0, 16, 0, 0, 0, 0, 0]);
@@ -548,7 +559,9 @@ fn the_header_stands_as_documented() {
     assert_eq!(slot[80..84], 900_u32.to_le_bytes());
     assert_eq!(slot[84..100], Uuid::from_u128(42).into_bytes());
     assert_eq!(slot[124..132], [1, 0, 8, 0, 72, 0, 1, 0]);
-    assert!(slot[140..256].iter().all(|byte| *byte == 0));
+    assert!(slot[140..144].iter().all(|byte| *byte == 0));
+    assert_eq!(slot[144..152], [1, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(slot[152..256].iter().all(|byte| *byte == 0));
     assert_eq!(&slot[256..265], b"bstandard");
 }
 
@@ -562,8 +575,9 @@ fn the_access_stands_in_the_header_as_documented() {
     let bytes = std::fs::read(folder.join("header")).unwrap();
     // The third generation is in slot 1.
     let slot = &bytes[16_384..];
-    assert_eq!(slot[140..143], [16, 0, 3]);
-    assert!(slot[143..256].iter().all(|byte| *byte == 0), "no rates");
+    assert_eq!(slot[140..144], [16, 0, 3, 0]);
+    assert_eq!(slot[144..152], [2, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(slot[152..256].iter().all(|byte| *byte == 0), "no rates");
     assert_eq!(&slot[256 + 81..256 + 97], b"\x00\x06host 1\x01\x06host 2");
 }
 
@@ -574,21 +588,40 @@ fn a_header_of_version_1_is_read_and_means_any_host() {
     slot.resize(2 * 16_384, 0);
     std::fs::write(folder.path().join("header"), &slot).unwrap();
     let header = Header::read(folder.path(), &name("slow")).unwrap();
-    assert_eq!(header.volume, volume("b", "slow"));
+    assert_eq!(header.volume, VolumeRecord { revision: 0, ..volume("b", "slow") });
     assert_eq!(header.mirror.unwrap().mirror.name, name("m"));
 }
 
 #[test]
-fn a_header_of_version_2_is_read_and_means_no_limit() {
+fn a_header_of_version_2_is_read_with_its_access_and_no_revision() {
     let folder = tempfile::tempdir().unwrap();
     let mut slot = include_bytes!("golden/header-2").to_vec();
     slot.resize(2 * 16_384, 0);
     std::fs::write(folder.path().join("header"), &slot).unwrap();
     let header = Header::read(folder.path(), &name("slow")).unwrap();
-    let access = VolumeAccess { read_only: true, ..VolumeAccess::default() };
-    assert_eq!(header.volume, VolumeRecord { access, ..volume("b", "slow") });
+    assert_eq!(header.volume, VolumeRecord { revision: 0, access: restricted(), ..volume("b", "slow") });
+    // What the version does not have, it cannot say.
+    slot[144] = 1;
+    reseal(&mut slot[..16_384]);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    assert!(Header::read(folder.path(), &name("slow")).is_err());
+}
+
+#[test]
+fn a_header_of_version_3_is_read_and_means_no_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut slot = include_bytes!("golden/header-3").to_vec();
+    slot.resize(2 * 16_384, 0);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    let header = Header::read(folder.path(), &name("slow")).unwrap();
+    assert_eq!(header.volume, VolumeRecord { revision: 7, access: restricted(), ..volume("b", "slow") });
     let mirror = header.mirror.unwrap().mirror;
     assert_eq!((mirror.bandwidth, mirror.resync_rate), (Rate(None), Rate(None)));
+    // What the version does not have, it cannot say.
+    slot[152 + 4] = 1;
+    reseal(&mut slot[..16_384]);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    assert!(Header::read(folder.path(), &name("slow")).is_err());
 }
 
 #[test]
@@ -613,6 +646,13 @@ fn a_policy_is_in_headers_and_catalogue_and_leaves_the_group_alone() {
     assert_eq!(rebuilt, MirrorRecord { rebuilt: true, ..new });
 }
 
+/// Gives a slot the checksum of its content.
+fn reseal(slot: &mut [u8]) {
+    slot[12..16].fill(0);
+    let checksum = crc32c::crc32c(slot);
+    slot[12..16].copy_from_slice(&checksum.to_le_bytes());
+}
+
 #[test]
 fn a_header_whose_access_is_not_understood_is_refused() {
     let site = populated();
@@ -622,9 +662,7 @@ fn a_header_whose_access_is_not_understood_is_refused() {
     for slot in [0, 16_384] {
         let mut bytes = whole.clone();
         bytes[slot + 142] = 4;
-        bytes[slot + 12..slot + 16].fill(0);
-        let checksum = crc32c::crc32c(&bytes[slot..slot + 16_384]);
-        bytes[slot + 12..slot + 16].copy_from_slice(&checksum.to_le_bytes());
+        reseal(&mut bytes[slot..slot + 16_384]);
         bytes[16_384 - slot..][..16_384].fill(0);
         std::fs::write(&path, &bytes).unwrap();
         assert!(Header::read(&folder, &name("fast")).is_err(), "slot {slot}");
@@ -632,17 +670,20 @@ fn a_header_whose_access_is_not_understood_is_refused() {
 }
 
 #[test]
-fn a_catalogue_of_format_1_is_opened_and_raised_so_that_no_older_daemon_opens_it() {
+fn a_catalogue_of_an_older_format_is_opened_and_raised_so_that_no_older_daemon_opens_it() {
     let site = populated();
     let before = content(&site.open().unwrap().0);
     let file = site.path("data").join(FILE_NAME);
-    let rewrite = |format: u32| store::rewrite_as_format_1(&file, format);
-    rewrite(1);
-    assert_eq!(content(&site.open().unwrap().0), before);
-    assert_eq!(store::format_of(&file), 2);
-    rewrite(3);
+    let rewrite = |format: u32| store::rewrite_as_format(&file, format);
+    for format in [1, 2] {
+        rewrite(format);
+        // The headers are of the present version, so they are ahead of rows that have no revision.
+        assert_eq!(content(&site.open().unwrap().0), before, "format {format}");
+        assert_eq!(store::format_of(&file), 3);
+    }
+    rewrite(4);
     let refused = site.open().unwrap_err();
-    assert!(matches!(refused, CatalogueError::Format { found: 3, known: 2, .. }), "{refused}");
+    assert!(matches!(refused, CatalogueError::Format { found: 4, known: 3, .. }), "{refused}");
 }
 
 #[test]
@@ -653,4 +694,113 @@ fn a_rebuild_does_not_open_a_restricted_volume_to_others() {
     drop(catalogue);
     let (catalogue, _) = site.rebuild().unwrap();
     assert_eq!(catalogue.volume(&name("c")).unwrap().access, restricted());
+}
+
+/// Changes of volume c, one after the other: laxer, stricter, larger.
+fn change(step: u64) -> VolumeRecord {
+    let access = match step % 3 {
+        0 => restricted(),
+        1 => VolumeAccess { read_only: true, ..restricted() },
+        _ => VolumeAccess::default(),
+    };
+    VolumeRecord { access, size: ByteCount((1 + step / 2) << 20), ..volume("c", "fast") }
+}
+
+/// The site after each durable step of five changes of volume c, as a crash would leave it there; in order of time.
+fn moments() -> Vec<Site> {
+    let (mut moments, mut done) = (Vec::new(), populated());
+    for step in 0..5 {
+        let mut steps = 0;
+        loop {
+            let crashed = done.copy();
+            let catalogue = crashed.open_until(steps);
+            let ended = catalogue.update_volume(change(step)).is_ok();
+            drop(catalogue);
+            if ended {
+                done = crashed.copy();
+                moments.push(crashed);
+                break;
+            }
+            moments.push(crashed);
+            steps += 1;
+        }
+        assert_eq!(steps, 2, "the header, then the catalogue");
+    }
+    moments
+}
+
+fn header_of_c(site: &Site) -> PathBuf {
+    site.path(&format!("fast/{}/header", volume("c", "fast").id))
+}
+
+#[test]
+fn of_any_header_and_any_catalogue_the_later_revision_wins_and_both_agree_afterwards() {
+    let moments = moments();
+    for (older, catalogue_of) in moments.iter().enumerate() {
+        for (newer, header_of) in moments.iter().enumerate() {
+            let what = format!("catalogue of moment {older}, header of moment {newer}");
+            let site = catalogue_of.copy();
+            std::fs::copy(header_of_c(header_of), header_of_c(&site)).unwrap();
+            let header = Header::read(header_of_c(&site).parent().unwrap(), &name("fast")).unwrap().volume;
+            let rows = Store::open(&site.path("data").join(FILE_NAME)).unwrap().1;
+            let row = rows.volumes[&header.id].clone();
+            assert!(row.revision != header.revision || row == header, "{what}: a revision means one thing");
+            let expected = if header.revision > row.revision { header } else { row };
+            let (catalogue, notices) = site.open().unwrap();
+            assert_eq!(catalogue.volume(&name("c")), Some(expected.clone()), "{what}");
+            assert!(notices.len() <= 1, "{what}: {notices:?}");
+            drop(catalogue);
+            let (catalogue, notices) = site.open().unwrap();
+            assert_eq!((catalogue.volume(&name("c")), notices), (Some(expected.clone()), vec![]), "{what}");
+            drop(catalogue);
+            let (catalogue, _) = site.rebuild().unwrap();
+            assert_eq!(catalogue.volume(&name("c")), Some(expected), "{what}, rebuilt");
+        }
+    }
+}
+
+#[test]
+fn an_older_pool_does_not_open_a_volume_that_was_restricted_since() {
+    let site = populated();
+    let (catalogue, _) = site.open().unwrap();
+    catalogue.update_volume(change(2)).unwrap();
+    let older = std::fs::read(header_of_c(&site)).unwrap();
+    catalogue.update_volume(VolumeRecord { access: restricted(), ..change(2) }).unwrap();
+    drop(catalogue);
+    std::fs::write(header_of_c(&site), older).unwrap();
+    let (catalogue, notices) = site.open().unwrap();
+    assert_eq!(notices, [Notice::HeaderRestored { volume: name("c") }]);
+    assert_eq!(catalogue.volume(&name("c")).unwrap().access, restricted());
+}
+
+#[test]
+fn a_newer_pool_does_not_open_a_volume_that_an_old_catalogue_says_is_open() {
+    let site = populated();
+    let older = site.copy();
+    let (catalogue, _) = site.open().unwrap();
+    catalogue.update_volume(change(0)).unwrap();
+    drop(catalogue);
+    site.restore_catalogue(&older);
+    let (catalogue, notices) = site.open().unwrap();
+    assert_eq!(notices, [Notice::VolumeAhead { volume: name("c") }]);
+    assert_eq!(catalogue.volume(&name("c")), Some(VolumeRecord { revision: 2, ..change(0) }));
+}
+
+#[test]
+fn a_change_that_a_disk_refused_does_not_come_up_at_a_restart_nor_hide_the_next() {
+    for failing in 0..2 {
+        let site = populated();
+        let fuse = Fuse::once_after(failing);
+        let (catalogue, _) = Catalogue::open_with(site.lock(), site.pools(), fuse).unwrap();
+        let before = catalogue.volume(&name("c")).unwrap();
+        catalogue.update_volume(change(2)).unwrap_err();
+        let stands = VolumeRecord { revision: 3, ..before };
+        assert_eq!(catalogue.volume(&name("c")), Some(stands.clone()), "{failing}");
+        let restarted = site.copy();
+        catalogue.update_volume(change(0)).unwrap();
+        drop(catalogue);
+        assert_eq!(restarted.open().unwrap().0.volume(&name("c")), Some(stands), "{failing}");
+        let next = VolumeRecord { revision: 4, ..change(0) };
+        assert_eq!(site.open().unwrap().0.volume(&name("c")), Some(next), "{failing}");
+    }
 }

@@ -227,6 +227,8 @@ pub enum Effect {
     },
     /// Hosts may open the volumes.
     Present,
+    /// Open the volumes' keys; answer with `unlocked`.
+    Unlock,
     /// Hosts must leave and may not come back; the reason is told to those who try.
     Withdraw {
         /// Why.
@@ -278,6 +280,10 @@ pub(super) enum Purpose {
     PersistState,
     /// A step of a role change.
     Transition,
+    /// A flush of home before the role is given up.
+    SwitchFlush { volume: VolumeIndex },
+    /// The checkpoint that names the tip at which the role is given up.
+    SwitchMark,
 }
 
 /// Effects in order, and the purpose of every unanswered request.

@@ -154,10 +154,15 @@ impl Primary {
             | Message::HashRequest(_)
             | Message::VerifyRequest(_)
             | Message::Orphans { .. }
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
+            | Message::Relinquish { .. }
             | Message::CreateMirror(_)
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => {
                 self.close(
@@ -235,6 +240,11 @@ impl Primary {
             ResumePlan::SameIncarnation | ResumePlan::Ancestor => {
                 // An image that never was complete gets what the intent map and the dirty map name: that is all.
                 let forked = welcome.tip.position.epoch < state.epoch && welcome.consistent;
+                // A side that gave its role up holds the fork's image and nothing else; the maps name what followed.
+                let fresh =
+                    self.chain.as_ref().is_none_or(|known| known.committed().position.epoch < state.epoch);
+                let given = welcome.relinquished && welcome.tip.position == state.fork() && fresh;
+                let forked = forked && !given;
                 self.resume_ancestor(welcome, forked.then_some(settings), out);
             }
             ResumePlan::Diverged => self.resume_diverged(welcome, state, out),

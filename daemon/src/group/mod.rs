@@ -15,6 +15,7 @@ mod rate;
 mod resync;
 mod roles;
 mod secondary;
+mod switch;
 mod verify;
 mod view;
 
@@ -36,6 +37,7 @@ use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, R
 pub use control::{Overload, Side};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
+pub use switch::SwitchProgress;
 pub use verify::{VerifyProgress, VerifyReport};
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 
@@ -46,6 +48,7 @@ use overload::Watch;
 use primary::Primary;
 use roles::{StateChange, Transition};
 use secondary::{Secondary, TargetNews};
+use switch::PlannedSwitch;
 
 /// One volume of a group.
 #[derive(Clone, Debug)]
@@ -164,6 +167,7 @@ struct Mirror {
     retry_change_at: Option<Monotonic>,
     /// A restarted primary waits for its partner until then.
     grace_until: Option<Monotonic>,
+    planned: PlannedSwitch,
     watch: Watch,
 }
 
@@ -266,6 +270,7 @@ impl Group {
             changing: None,
             retry_change_at: None,
             grace_until: grace_until.filter(|_| primary),
+            planned: PlannedSwitch::default(),
             watch: Watch::default(),
             settings,
             state,
@@ -287,6 +292,13 @@ impl Group {
             if secondary.tip().position.epoch == mirror.state.epoch {
                 mirror.state.diverged = false;
             }
+            // So did its first commit end what this side gave up.
+            if mirror.state.relinquished.is_some_and(|tip| tip.position != secondary.tip().position) {
+                mirror.state.relinquished = None;
+            }
+            if mirror.state.diverged && mirror.state.relinquished.is_some() {
+                secondary.compare = switch::whole_volumes(&mirror.settings);
+            }
             mirror.state.consistent |= completes;
             mirror.machine = Machine::Secondary(Box::new(secondary));
             mirror.intents = intents;
@@ -301,6 +313,7 @@ impl Group {
         let Some(mut mirror) = self.mirror.take() else {
             return;
         };
+        mirror.planned.end_offer("the mirror was deleted", &mut self.out);
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
@@ -453,7 +466,9 @@ impl Group {
                 volume.0
             ),
         );
-        if let Some(mirror) = &mut self.mirror {
+        self.give_up_switch("a flush failed", false);
+        // Before the role is given up everything was flushed, and nothing was written since.
+        if let Some(mirror) = self.mirror.as_mut().filter(|mirror| !mirror.planned.is_final()) {
             mirror.end_incarnation(volume, self.now, &mut self.out);
         }
     }
@@ -533,7 +548,7 @@ impl Group {
         let now = self.now;
         let data = self.sealed.get(&(volume, step)).cloned();
         match &mut self.mirror {
-            Some(Mirror { machine: Machine::Primary(primary), .. }) => {
+            Some(Mirror { machine: Machine::Primary(primary), planned, .. }) if !planned.is_final() => {
                 primary.admit(volume, step, device, content, data);
                 for (volume, step) in primary.poll_admitted(now, &mut self.out) {
                     self.admitted(volume, step, now);
@@ -580,9 +595,11 @@ impl Group {
                 primary.dial_if_due(now, &mut self.out);
                 primary.compare_more(now, &mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
-                primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
-                copies = primary.plan_copies(now);
-                primary.clear_intent(&mirror.settings, now, &mut self.out);
+                if !mirror.planned.has_tip() {
+                    primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
+                    copies = primary.plan_copies(now);
+                    primary.clear_intent(&mirror.settings, now, &mut self.out);
+                }
                 primary.write_intent(&mut self.out);
             }
             Machine::Secondary(secondary) => {
@@ -598,6 +615,7 @@ impl Group {
         self.write_stored_intents();
         self.end_grace();
         self.transition_turn();
+        self.switch_turn();
         self.watch();
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
@@ -643,13 +661,14 @@ impl Group {
         let volumes = self.volumes.iter().filter_map(|slot| slot.volume.poll_timeout());
         let mirror = self.mirror.iter().flat_map(|mirror| {
             let machine = match &mirror.machine {
+                Machine::Primary(_) if mirror.planned.has_tip() => None,
                 Machine::Primary(primary) => primary.poll_timeout(),
                 Machine::Secondary(secondary) => secondary.applying.poll_timeout(),
                 Machine::Changing(change) => change.poll_timeout(),
             };
-            [machine, mirror.grace_until, mirror.retry_change_at, mirror.watch.poll_timeout()]
-                .into_iter()
-                .flatten()
+            let planned = mirror.planned.poll_timeout(mirror.is_changing());
+            let watch = mirror.watch.poll_timeout();
+            [machine, planned, watch, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
         });
         volumes.chain(mirror).min()
     }
@@ -664,6 +683,9 @@ impl Group {
 
     /// A session was opened at this side's wish.
     pub fn dialed(&mut self, session: SessionId) {
+        if self.offer_dialed(session) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), settings, state, .. }) => {
                 primary.dialed(session, settings, state, self.now, &mut self.out);
@@ -676,6 +698,7 @@ impl Group {
 
     /// No session could be opened.
     pub fn dial_failed(&mut self, reason: &str) {
+        self.offer_dial_failed(reason);
         if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
             primary.dial_failed(reason, self.now);
         }
@@ -721,6 +744,9 @@ impl Group {
     /// A control frame of an open session.
     pub fn message(&mut self, session: SessionId, message: Message) {
         let now = self.now;
+        if self.switch_message(session, &message) {
+            return;
+        }
         let Some(mirror) = &mut self.mirror else { return };
         match &mut mirror.machine {
             Machine::Primary(primary) if primary.is_session(session) => {
@@ -773,6 +799,9 @@ impl Group {
     /// A session ended.
     pub fn session_closed(&mut self, session: SessionId, reason: &str) {
         let now = self.now;
+        if self.offer_closed(session, reason) {
+            return;
+        }
         match &mut self.mirror {
             Some(Mirror { machine: Machine::Primary(primary), .. }) => {
                 primary.session_closed(session, reason, now, &mut self.out);
@@ -798,6 +827,8 @@ impl Group {
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
             Purpose::VerifyRead { request } => self.verify_read(request, result),
             Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => self.primary_io(purpose, result),
+            Purpose::SwitchFlush { volume } => self.switch_flushed(volume, result.map(|_| ())),
+            Purpose::SwitchMark => self.switch_marked(result.map(|_| ())),
             Purpose::HashRead { .. }
             | Purpose::VerifyHash { .. }
             | Purpose::InitialApply
@@ -869,7 +900,9 @@ impl Group {
             | Purpose::VerifyRead { .. }
             | Purpose::ClearFlush { .. }
             | Purpose::PersistState
-            | Purpose::Transition => secondary.batch_done(ok, &mut self.out),
+            | Purpose::Transition
+            | Purpose::SwitchFlush { .. }
+            | Purpose::SwitchMark => secondary.batch_done(ok, &mut self.out),
         }
     }
 

@@ -253,6 +253,11 @@ impl Primary {
         }
     }
 
+    /// No home write that took a sequence is on its way.
+    pub(super) fn nothing_in_flight(&self) -> bool {
+        self.in_flight.is_empty()
+    }
+
     /// True while the cuts of a pass are only staged.
     pub(super) fn is_staging(&self) -> bool {
         self.pass.is_some_and(|pass| pass.commit.is_none() && !pass.is_initial())

@@ -3,7 +3,7 @@
 //! A change of the group's state is on stable media before it is acted on. Hosts are withdrawn *before* a fence is
 //! made durable and presented *after* a promotion is: in between nobody writes.
 
-use block::{ByteRange, HostError, Monotonic, Position, VolumeIndex};
+use block::{ByteRange, HostError, Monotonic, Position, Tip, VolumeIndex};
 use engine::StepId;
 use engine::intent_map::IntentMap;
 use engine::volume::Volume;
@@ -13,6 +13,7 @@ use protocol::{CompareRange, GroupState, Hello, Refuse, Role};
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose};
 use super::primary::{Gate, Link, Primary};
 use super::secondary::Secondary;
+use super::switch::whole_volumes;
 use super::view::LossReport;
 use super::{CleanState, Group, Machine, Mirror, MirrorSettings, RecoveredCuts, VerbRefused};
 
@@ -36,6 +37,8 @@ pub(super) enum StateChange {
     Fence(Box<Refuse>),
     /// This side becomes the primary from this position on.
     Promote(Position),
+    /// This side gives its role up at this tip.
+    Relinquish(Tip),
     /// An operator stopped or started mirroring.
     Stopped(bool),
     /// An operator allowed the partner's blocks to be overwritten.
@@ -95,6 +98,8 @@ pub(super) fn secondary_reason(state: &GroupState) -> String {
             "this side is fenced: the partner was promoted in epoch {}; hosts must use the partner",
             state.epoch.0
         )
+    } else if state.relinquished.is_some() {
+        "this side gave its role to the partner: hosts must use the partner".to_owned()
     } else {
         "this side is the secondary of a mirror: hosts must use the primary".to_owned()
     }
@@ -127,7 +132,10 @@ impl Mirror {
     /// A change of the durable state waits or is on its way that ends this role.
     pub(super) fn is_changing(&self) -> bool {
         self.changes.iter().any(|change| match change {
-            StateChange::Adopt(_) | StateChange::Fence(_) | StateChange::Promote(_) => true,
+            StateChange::Adopt(_)
+            | StateChange::Fence(_)
+            | StateChange::Promote(_)
+            | StateChange::Relinquish(_) => true,
             StateChange::Incarnation
             | StateChange::NewIncarnation
             | StateChange::Complete
@@ -181,12 +189,17 @@ impl Mirror {
             StateChange::Incarnation | StateChange::NewIncarnation => {
                 GroupState { incarnation: state.incarnation.next(), ..state }
             }
-            StateChange::Complete => {
-                GroupState { consistent: true, diverged: false, overwrite_approved: false, ..state }
-            }
+            StateChange::Complete => GroupState {
+                consistent: true,
+                diverged: false,
+                overwrite_approved: false,
+                relinquished: None,
+                ..state
+            },
             StateChange::Adopt(adopted) => (**adopted).clone(),
             StateChange::Fence(refuse) => state.fenced(refuse.epoch, refuse.origin, refuse.fork),
             StateChange::Promote(tip) => state.promoted(self.settings.site, *tip),
+            StateChange::Relinquish(tip) => state.relinquishing(*tip),
             StateChange::Stopped(stopped) => GroupState { stopped: *stopped, ..state },
             StateChange::Approve => GroupState { overwrite_approved: true, stopped: false, ..state },
         }
@@ -242,7 +255,7 @@ impl Group {
     }
 
     /// Hosts are no longer served: what has not begun is refused.
-    fn withdraw(&mut self, reason: String) {
+    pub(super) fn withdraw(&mut self, reason: String) {
         let now = self.now;
         self.withdrawn_because.clone_from(&reason);
         if !self.presented {
@@ -286,6 +299,7 @@ impl Group {
     pub(super) fn fence(&mut self, change: StateChange) {
         let Some(mirror) = &mut self.mirror else { return };
         mirror.grace_until = None;
+        mirror.planned.overtaken();
         mirror.changes.push_back(change);
         let opening = Machine::Changing(Box::new(Transition::Opening));
         match std::mem::replace(&mut mirror.machine, opening) {
@@ -298,25 +312,7 @@ impl Group {
                 mirror.intents = primary.volumes.into_iter().map(|volume| volume.intent).collect();
                 let stage = FenceStage::Persisting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage }));
-                self.out.forget(|purpose| match purpose {
-                    Purpose::CopyRead { .. }
-                    | Purpose::CompareRead { .. }
-                    | Purpose::VerifyRead { .. }
-                    | Purpose::ClearFlush { .. } => true,
-                    Purpose::Intent { .. }
-                    | Purpose::HashRead { .. }
-                    | Purpose::VerifyHash { .. }
-                    | Purpose::InitialApply
-                    | Purpose::InitialFlush
-                    | Purpose::Apply
-                    | Purpose::ApplyFlush
-                    | Purpose::ApplyRead
-                    | Purpose::RedoWrite
-                    | Purpose::RedoSync
-                    | Purpose::Checkpoint
-                    | Purpose::PersistState
-                    | Purpose::Transition => false,
-                });
+                forget_primary(&mut self.out);
                 self.fail_steps(waiting, copies);
                 self.out.log(Loudness::Warn, "a higher epoch was heard: this side is fenced".to_owned());
                 self.withdraw(
@@ -393,7 +389,14 @@ impl Group {
                 }
                 self.withdrawn_because = secondary_reason(&mirror.state);
             }
+            (StateChange::Adopt(_) | StateChange::Fence(_), Machine::Secondary(secondary)) => {
+                if mirror.state.diverged && mirror.state.relinquished.is_some() {
+                    secondary.compare = whole_volumes(&mirror.settings);
+                }
+                self.withdrawn_because = secondary_reason(&mirror.state);
+            }
             (StateChange::Promote(_), Machine::Changing(_)) => self.promoted(),
+            (StateChange::Relinquish(_), Machine::Primary(_)) => self.relinquished(),
             (StateChange::Stopped(true), Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "an operator stopped the mirror", &mut self.out);
                 let locks = primary.verify.abandon("an operator stopped the mirror", stamp);
@@ -411,6 +414,7 @@ impl Group {
                 | StateChange::Adopt(_)
                 | StateChange::Fence(_)
                 | StateChange::Promote(_)
+                | StateChange::Relinquish(_)
                 | StateChange::Stopped(_)
                 | StateChange::Approve,
                 Machine::Primary(_) | Machine::Secondary(_) | Machine::Changing(_),
@@ -418,7 +422,7 @@ impl Group {
         }
     }
 
-    fn admit_waiting(&mut self, now: Monotonic) {
+    pub(super) fn admit_waiting(&mut self, now: Monotonic) {
         let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror else {
             return;
         };
@@ -437,7 +441,9 @@ impl Group {
             return;
         };
         match &mut **change {
-            Transition::Fencing { stage } if *stage == FenceStage::Draining && drained => {
+            Transition::Fencing { stage }
+                if *stage == FenceStage::Draining && drained && !mirror.planned.is_marking() =>
+            {
                 *stage = FenceStage::Flushing { outstanding: volumes };
                 for index in 0..volumes {
                     let volume = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
@@ -554,6 +560,9 @@ impl Group {
     /// If this side is not the primary.
     pub fn stop(&mut self) -> Result<(), VerbRefused> {
         let mirror = self.mirror_in_role("stop")?;
+        if mirror.planned.is_running() {
+            return Err(VerbRefused("a switch is under way: look at 'farshore mirror show'".to_owned()));
+        }
         if !mirror.state.stopped {
             mirror.changes.push_back(StateChange::Stopped(true));
         }
@@ -649,21 +658,34 @@ impl Group {
         if mirror.is_changing() {
             return Err(VerbRefused("the mirror is changing its role already".to_owned()));
         }
+        if let Some(reason) = mirror.cannot_take_back() {
+            return Err(VerbRefused(reason));
+        }
+        self.begin_promotion("this side is being promoted");
+        Ok(report)
+    }
+
+    /// A secondary begins to become the primary at its durable tip.
+    pub(super) fn begin_promotion(&mut self, reason: &str) {
+        let Some(mirror) = &mut self.mirror else { return };
         let opening = Machine::Changing(Box::new(Transition::Opening));
         match std::mem::replace(&mut mirror.machine, opening) {
             Machine::Secondary(mut secondary) => {
-                secondary.halt("this side is being promoted", &mut self.out);
+                secondary.halt(reason, &mut self.out);
                 let stage = PromoteStage::Quieting;
                 mirror.machine = Machine::Changing(Box::new(Transition::Promoting { secondary, stage }));
             }
             other @ (Machine::Primary(_) | Machine::Changing(_)) => mirror.machine = other,
         }
-        Ok(report)
     }
 
     /// Stops serving hosts for a clean stop of the daemon; `stopped_cleanly` says when nothing is in flight.
     pub fn drain(&mut self) {
+        self.give_up_switch("farshored is stopping", true);
         self.withdraw("farshored is stopping".to_owned());
+        if let Some(mirror) = &mut self.mirror {
+            mirror.planned.end_offer("farshored is stopping", &mut self.out);
+        }
         match self.mirror.as_mut().map(|mirror| &mut mirror.machine) {
             Some(Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
@@ -691,7 +713,7 @@ impl Group {
 }
 
 impl Mirror {
-    fn become_secondary(&mut self, out: &mut Outbox) {
+    pub(super) fn become_secondary(&mut self, out: &mut Outbox) {
         let Some((log, checkpoint)) = self.redo.take() else {
             return;
         };
@@ -710,6 +732,31 @@ impl Mirror {
         assert_eq!(self.state.role, Role::Secondary, "the fence is durable");
         out.log(Loudness::Info, format!("this side is the secondary of epoch {}", self.state.epoch.0));
     }
+}
+
+/// What only a primary asked for is not wanted any more.
+pub(super) fn forget_primary(out: &mut Outbox) {
+    out.forget(|purpose| match purpose {
+        Purpose::CopyRead { .. }
+        | Purpose::CompareRead { .. }
+        | Purpose::VerifyRead { .. }
+        | Purpose::ClearFlush { .. }
+        | Purpose::SwitchFlush { .. } => true,
+        Purpose::Intent { .. }
+        | Purpose::HashRead { .. }
+        | Purpose::VerifyHash { .. }
+        | Purpose::InitialApply
+        | Purpose::InitialFlush
+        | Purpose::Apply
+        | Purpose::ApplyFlush
+        | Purpose::ApplyRead
+        | Purpose::RedoWrite
+        | Purpose::RedoSync
+        | Purpose::Checkpoint
+        | Purpose::PersistState
+        | Purpose::Transition
+        | Purpose::SwitchMark => false,
+    });
 }
 
 fn clear_all(intent: &mut IntentMap) {

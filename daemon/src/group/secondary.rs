@@ -229,6 +229,7 @@ impl Secondary {
             staged: self.durable.staged(),
             consistent: state.consistent,
             diverged: state.diverged,
+            relinquished: state.relinquished.is_some_and(|tip| tip.position == self.tip().position),
             age_bound_ms: age,
             compare: if state.diverged { self.compare.clone() } else { Vec::new() },
             clock: wall,
@@ -256,10 +257,15 @@ impl Secondary {
             | Message::PassRefused { .. }
             | Message::HashReply(_)
             | Message::VerifyReply(_)
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
+            | Message::Relinquish { .. }
             | Message::CreateMirror(_)
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => self.end_session("a message out of place", out),
         }
@@ -519,7 +525,7 @@ impl Secondary {
             .as_ref()
             .filter(|batch| batch.stage == BatchStage::Completing && batch.outstanding == 0)?;
         let commits = batch.cuts.iter().any(|received| received.cut.meta.commit && !received.is_initial());
-        let news = commits && (!state.consistent || state.diverged);
+        let news = commits && (!state.consistent || state.diverged || state.relinquished.is_some());
         Some(if news { TargetNews::Complete } else { TargetNews::Nothing })
     }
 

@@ -478,7 +478,9 @@ impl Group {
     /// One turn of the verify.
     pub(super) fn verify_turn(&mut self) {
         let (now, stamp) = (self.now, self.stamp);
-        let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror else { return };
+        let Some(Mirror { machine: Machine::Primary(primary), planned, .. }) = &mut self.mirror else {
+            return;
+        };
         if primary.verify.job.is_none() {
             return;
         }
@@ -488,6 +490,10 @@ impl Group {
             return self.release_locks(&locks);
         }
         primary.verify.begin_turn();
+        // A switch waits until nothing is in flight: it must not wait for this.
+        if planned.is_running() {
+            return;
+        }
         let planned = primary.plan_verify(now);
         let writes = primary.plan_repairs(&mut self.out);
         primary.end_verify(stamp, &mut self.out);

@@ -130,7 +130,8 @@ impl Group {
                 pressure: Pressure::default(),
             },
         };
-        Some(MirrorSnapshot { pressure: mirror.watch.pressure(), ..snapshot })
+        let reason = mirror.offered_reason().or(snapshot.reason);
+        Some(MirrorSnapshot { reason, pressure: mirror.watch.pressure(), ..snapshot })
     }
 
     /// The sequence of a host's write that is on its way home.

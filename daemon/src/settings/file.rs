@@ -51,7 +51,7 @@ settings_file! {
     nbd_key_file: PathBuf,
     /// The CAs that sign hosts' certificates (PEM). Default: none; hosts are then not asked for a certificate.
     nbd_client_ca_file: PathBuf,
-    /// The most established connections of hosts, 1 to 65536. Default 1024.
+    /// The most established connections of hosts, 1 to 16384. Default 1024.
     nbd_connections_max: NonZeroU32,
     /// Where partners connect (UDP): `IP:PORT`. Default `127.0.0.1:10820`.
     replication_listen: SocketAddr,

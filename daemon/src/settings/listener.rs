@@ -23,8 +23,8 @@ pub enum NbdTls {
     Required,
 }
 
-/// An NBD listener: in TOML its address alone, then without TLS, or `{ address = "ADDR", tls = "MODE" }`; on the
-/// command line `ADDR` or `ADDR,tls=MODE`.
+/// An NBD listener: `ADDR`, then without TLS, or `ADDR,tls=MODE`; in TOML also
+/// `{ address = "ADDR", tls = "MODE" }`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NbdListener {
     /// Where hosts connect.
@@ -130,8 +130,7 @@ mod tests {
 
     #[test]
     fn a_listener_is_an_address_or_a_table_in_toml_and_reads_back_the_same() {
-        let text =
-            "listen = ['127.0.0.1:1', { address = 'unix:/n', tls = 'optional' }, { address = '[::1]:2' }]";
+        let text = "listen = ['127.0.0.1:1,tls=off', { address = 'unix:/n', tls = 'optional' }, { address = '[::1]:2' }]";
         let file: File = toml::from_str(text).unwrap();
         let modes: Vec<_> = file.listen.iter().map(|listener| listener.tls).collect();
         assert_eq!(modes, [NbdTls::Off, NbdTls::Optional, NbdTls::Off]);
@@ -139,6 +138,13 @@ mod tests {
         for bad in ["'nowhere'", "{ address = '1.1.1.1:1', tsl = 'off' }", "{ tls = 'off' }", "7"] {
             assert!(toml::from_str::<File>(&format!("listen = [{bad}]")).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_text_in_toml_means_what_the_flag_means() {
+        let file: File = toml::from_str("listen = ['unix:/n,tls=required']").unwrap();
+        assert_eq!(file.listen, ["unix:/n,tls=required".parse().unwrap()]);
+        assert_eq!(file.listen[0].tls, NbdTls::Required);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -263,6 +264,10 @@ impl Settings {
         between("nbd_listen", u64::try_from(self.nbd_listen.len()).unwrap_or(u64::MAX), 1, 16)?;
         for listener in &self.nbd_listen {
             match &listener.address {
+                NbdAddress::Unix(path) if path.as_os_str().as_bytes().contains(&b',') => {
+                    let advice = "a Unix socket's path has no comma here, as ',tls=MODE' may follow it; choose another";
+                    return Err(refuse("nbd_listen", &listener.address, advice));
+                }
                 NbdAddress::Unix(path) => check_socket("nbd_listen", path)?,
                 NbdAddress::Tcp(address)
                     if address.ip().is_loopback()
@@ -291,7 +296,8 @@ impl Settings {
         between("redo_segment_bytes", self.redo_segment.0, self.cut.0.saturating_mul(4), 16 << 30)?;
         between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
         between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
-        between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 65_536)?;
+        // All may be of one shard, whose request numbers have 24 bits.
+        between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 16_384)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
         between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;

@@ -68,6 +68,9 @@ fn every_refusal_names_the_key_the_value_and_what_to_do() {
         ("site = 'a'\n[pools]", "setting 'pools' = {} is not allowed: name at least one pool"),
         ("site = 'a'\n[pools]\na = '/p'\nb = '/p'", "give each pool its own folder"),
         ("site = 'a'\nnbd_listen = []", "setting 'nbd_listen' = 0 is not allowed"),
+        ("site = 'a'\nnbd_listen = ['unix:/a,b,tls=required']", "path has no comma"),
+        ("site = 'a'\nnbd_listen = ['unix:/a, tls=required']", "TLS mode ' tls=required' is not understood"),
+        ("site = 'a'\nnbd_listen = [{ address = 'unix:/a,b' }]", "path has no comma"),
         ("site = 'a'\nnbd_listen = ['localhost']", "write IP:PORT or unix:PATH"),
         ("site = 'a'\nnbd_listen = ['0.0.0.0:10809']", "set nbd_allow_plain = true"),
         (
@@ -77,7 +80,7 @@ fn every_refusal_names_the_key_the_value_and_what_to_do() {
         ("site = 'a'\nnbd_listen = [{ address = '[::]:1', tls = 'yes' }]", "unknown variant `yes`"),
         ("site = 'a'\nnbd_key_file = 'k'", "setting 'nbd_certificate_file' is missing"),
         ("site = 'a'\nnbd_certificate_file = 'c'", "setting 'nbd_key_file' is missing"),
-        ("site = 'a'\nnbd_connections_max = 65537", "give 1 to 65536"),
+        ("site = 'a'\nnbd_connections_max = 16385", "give 1 to 16384"),
         ("site = 'a'\n[classes]\nx = 0", "IOPS limit '0' is not understood"),
     ] {
         let refused = config(text, "").unwrap_err().to_string();

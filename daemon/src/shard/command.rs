@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::tls::TlsSession;
 use crate::group::{
     CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings, MirrorSnapshot,
-    OpenedMirror, VerbRefused, VerifyReport, VolumeSnapshot,
+    OpenedMirror, SwitchProgress, VerbRefused, VerifyReport, VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -104,6 +104,8 @@ pub enum Verb {
         /// See [`crate::group::Group::verify`].
         repair_from: Option<Side>,
     },
+    /// Give the role to the partner.
+    Switch,
     /// Do from now on what an operator wants of the mirror.
     Policy(MirrorPolicy),
 }
@@ -122,6 +124,8 @@ pub struct GroupSnapshot {
     pub state: Option<GroupState>,
     /// What its verify has found.
     pub verify: Option<VerifyReport>,
+    /// How far the last switch that was ordered here is.
+    pub switch: SwitchProgress,
 }
 
 /// The outcome of a verb.
@@ -165,6 +169,13 @@ pub enum ShardCommand {
         key: GroupKey,
         /// In index order.
         ciphers: Vec<Arc<VolumeCipher>>,
+    },
+    /// The keys that a group asked for are open, behind [`Self::Unlock`], or why not.
+    Unlocked {
+        /// Which group.
+        key: GroupKey,
+        /// The outcome.
+        result: Result<(), String>,
     },
     /// A host's connection after its handshake.
     Connect {
@@ -258,6 +269,8 @@ pub enum ShardNews {
         /// What to store.
         state: Box<GroupState>,
     },
+    /// Open the keys of the group's volumes, then answer with [`ShardCommand::Unlocked`].
+    Unlock(GroupKey),
     /// Hosts may open the group's volumes.
     Presented(GroupKey),
     /// Hosts may not, for this reason.

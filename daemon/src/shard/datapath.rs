@@ -130,6 +130,7 @@ impl Shard {
             Effect::SendCut { session, chunks } => self.send_cut(key, session, chunks),
             Effect::CloseSession { session, reason } => self.close_session(key, session, &reason),
             Effect::Present => self.tell(ShardNews::Presented(key)),
+            Effect::Unlock => self.tell(ShardNews::Unlock(key)),
             Effect::Withdraw { reason } => {
                 self.tell(ShardNews::Withdrawn(key, reason));
                 self.end_connections(key);

@@ -369,6 +369,9 @@ impl Shard {
                     volume.files.cipher = Some(cipher);
                 }
             }),
+            ShardCommand::Unlocked { key, result } => {
+                self.with_group(key, |served, _| served.group.unlocked(result));
+            }
             ShardCommand::Connect { key, volume, connection } => self.connect(key, volume, *connection),
             ShardCommand::Access { key, volume, access } => self.apply_access(key, volume, &access),
             ShardCommand::Resize { key, volume, size, limit } => {
@@ -457,6 +460,7 @@ impl Shard {
                 Verb::Loss => served.group.loss().map(Some),
                 Verb::Failover => served.group.failover().map(Some),
                 Verb::Verify { repair_from } => served.group.verify(repair_from).map(|()| None),
+                Verb::Switch => served.group.switch().map(|()| None),
                 Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
             };
             let _ = done.send(result);
@@ -493,6 +497,7 @@ impl Shard {
             mirror: served.group.mirror_snapshot(),
             state: served.group.mirror_state().cloned(),
             verify: served.group.verify_report().cloned(),
+            switch: served.group.switch_progress(),
         });
     }
 

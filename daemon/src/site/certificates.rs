@@ -212,12 +212,13 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsSetupError> {
 fn own_files(settings: &Settings) -> Result<CertificateFiles, TlsSetupError> {
     let folder = settings.data_dir.join(FOLDER);
     let files = CertificateFiles { certificate: folder.join(CERTIFICATE_FILE), key: folder.join(KEY_FILE) };
-    // A key alone is what a crash while they were made has left: nobody has the certificate to it yet.
+    // It is written last: without it the others are what a crash has left, and nobody has a certificate to that key.
     if files.certificate.exists() {
         return Ok(files);
     }
     let system = |source| FilesError::System { action: "make", path: folder.clone(), source };
     std::fs::DirBuilder::new().mode(0o700).recursive(true).create(&folder).map_err(system)?;
+    files::sync_folder(&settings.data_dir)?;
     let made = make(server_names(settings), settings.site.as_str())?;
     files::write_durably(&folder.join(CA_FILE), made.ca.as_bytes())?;
     files::write_durably(&files.key, made.key.as_bytes())?;
@@ -361,6 +362,15 @@ mod tests {
         server_config(&settings).unwrap();
         assert_eq!(std::fs::read(path(KEY_FILE)).unwrap(), key);
         assert!(server_names(&settings).contains(&"127.0.0.9".to_owned()));
+    }
+
+    #[test]
+    fn a_start_that_ended_before_its_certificate_was_written_is_made_good_by_the_next() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = settings(folder.path(), &["--nbd", "127.0.0.1:0,tls=required"]);
+        server_config(&settings).unwrap();
+        std::fs::remove_file(folder.path().join(FOLDER).join(CERTIFICATE_FILE)).unwrap();
+        assert!(server_config(&settings).unwrap().is_some());
     }
 
     #[test]

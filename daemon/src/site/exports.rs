@@ -160,6 +160,7 @@ mod tests {
             access,
             wrapped_key: Vec::new(),
             pool: "default".parse().unwrap(),
+            revision: 0,
         }
     }
 

@@ -1,7 +1,8 @@
 //! The handshakes on their way: bounded, and fair to who is not the cause of the crowd.
 //!
 //! A listener always accepts. When there are as many handshakes as there may be, the oldest one of the origin with the
-//! most of them is dropped: an origin that opens connections and says nothing pushes out its own.
+//! most of them is dropped: an origin that opens connections and says nothing pushes out its own. If no origin has more
+//! than an eighth of the places, the oldest of all is.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -37,14 +38,11 @@ pub(super) struct Greetings {
     running: Mutex<Running>,
 }
 
-/// An origin with more than this part of all handshakes is a crowd.
-const CROWD_SHARE: usize = 8;
-
 #[derive(Debug, Default)]
 struct Running {
     last: u64,
     /// By age.
-    tasks: BTreeMap<u64, (Origin, AbortHandle)>,
+    tasks: BTreeMap<u64, (Origin, Option<AbortHandle>)>,
 }
 
 impl Greetings {
@@ -59,27 +57,29 @@ impl Greetings {
         origin: Origin,
         greeting: impl Future<Output = ()> + Send + 'static,
     ) {
-        let mut running = lock(&self.running);
-        if running.tasks.len() >= self.greetings_max {
-            running.drop_one();
+        let (number, dropped) = {
+            let mut running = lock(&self.running);
+            let full = running.tasks.len() >= self.greetings_max;
+            let dropped = if full { running.take_one(self.greetings_max / 8) } else { None };
+            running.last += 1;
+            let number = running.last;
+            running.tasks.insert(number, (origin, None));
+            (number, dropped)
+        };
+        // Without the lock: a runtime that shuts down drops the handshake within these calls, and that takes the lock.
+        if let Some(dropped) = dropped {
+            dropped.abort();
         }
-        running.last += 1;
-        let number = running.last;
         let place = Place { greetings: Arc::clone(self), number };
-        drop(running);
-        let (listed, start) = tokio::sync::oneshot::channel::<()>();
-        // Without the lock: a runtime that is ending drops the task, and so its place, at once.
         let task = tokio::spawn(async move {
             let _place = place;
-            if start.await.is_ok() {
-                greeting.await;
-            }
+            greeting.await;
         });
-        // It is in the list before it can leave it, unless it was dropped already.
-        if !task.is_finished() {
-            lock(&self.running).tasks.insert(number, (origin, task.abort_handle()));
+        match lock(&self.running).tasks.get_mut(&number) {
+            Some((_, handle)) => *handle = Some(task.abort_handle()),
+            // It has ended, or lost its place before it could be told.
+            None => task.abort(),
         }
-        let _ = listed.send(());
     }
 
     #[cfg(test)]
@@ -89,22 +89,19 @@ impl Greetings {
 }
 
 impl Running {
-    fn drop_one(&mut self) {
+    /// Takes a handshake from the list, to be ended. An origin with at most `share` of them is no crowd.
+    fn take_one(&mut self, share: usize) -> Option<AbortHandle> {
         let mut counts = BTreeMap::<Origin, usize>::new();
         for (origin, _) in self.tasks.values() {
             *counts.entry(*origin).or_default() += 1;
         }
-        // An origin with a real share loses its oldest; where none has, age alone decides, whatever the address.
-        let crowd = self.tasks.len() / CROWD_SHARE;
-        let crowded = counts.iter().filter(|(_, count)| **count > crowd).max_by_key(|(_, count)| **count);
-        let crowded = crowded.map(|(origin, _)| *origin);
-        let oldest =
-            self.tasks.iter().find(|(_, (origin, _))| crowded.is_none_or(|crowded| *origin == crowded));
-        let oldest = oldest.map(|(age, _)| *age);
-        if let Some((_, task)) = oldest.and_then(|oldest| self.tasks.remove(&oldest)) {
-            tracing::debug!(?crowded, "a handshake is dropped for a newer one");
-            task.abort();
-        }
+        let most = counts.values().max().copied().filter(|most| *most > share);
+        let is_crowded = |origin: &Origin| most.is_none_or(|most| counts.get(origin) == Some(&most));
+        // By age, so of origins with equally many the one with the oldest handshake.
+        let oldest = self.tasks.iter().find(|(_, (origin, _))| is_crowded(origin)).map(|(age, _)| *age)?;
+        let (origin, task) = self.tasks.remove(&oldest)?;
+        tracing::debug!(?origin, "a handshake is dropped for a newer one");
+        task
     }
 }
 
@@ -158,6 +155,35 @@ mod tests {
         for here in [0, 3, 4, 5] {
             assert!(matches!(dropped[here].try_recv(), Err(oneshot::error::TryRecvError::Empty)), "{here}");
         }
+    }
+
+    /// Which of these handshakes, in their order, was dropped.
+    async fn dropped(greetings_max: usize, from: &[&str], place: usize) {
+        let greetings = Greetings::new(greetings_max);
+        let mut gone = Vec::new();
+        for from in from {
+            let (greeting, dropped) = idle();
+            greetings.spawn(origin(from), greeting);
+            gone.push(dropped);
+        }
+        let _ = (&mut gone[place]).await;
+        for (here, gone) in gone.iter_mut().enumerate().filter(|(here, _)| *here != place) {
+            assert!(matches!(gone.try_recv(), Err(oneshot::error::TryRecvError::Empty)), "{here}");
+        }
+    }
+
+    #[tokio::test]
+    async fn of_equally_crowded_origins_the_oldest_handshake_is_dropped() {
+        dropped(4, &["10.0.0.2", "10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3"], 0).await;
+        dropped(4, &["10.0.0.1", "10.0.0.2", "10.0.0.2", "10.0.0.1", "10.0.0.3"], 0).await;
+    }
+
+    #[tokio::test]
+    async fn without_a_crowd_the_oldest_of_all_is_dropped() {
+        let mut from: Vec<_> = (1..=14).map(|host| format!("10.0.0.{host}")).collect();
+        from.extend(["10.0.1.1", "10.0.1.1", "10.0.1.2"].map(str::to_owned));
+        let from: Vec<_> = from.iter().map(String::as_str).collect();
+        dropped(16, &from, 0).await;
     }
 
     #[tokio::test]

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
-use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, Rate, VolumeAccess};
+use control::{
+    Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, Rate, TlsRule, VolumeAccessChange,
+};
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
 use store::File;
@@ -24,7 +26,7 @@ use crate::shard::{GroupKey, GroupSnapshot, MirroredStart, RedoFiles, ShardComma
 
 /// A promotion applies what is committed first; a long redo log takes its time.
 const FAILOVER_LIMIT: Duration = Duration::from_secs(300);
-const POLL: Duration = Duration::from_millis(10);
+pub(super) const POLL: Duration = Duration::from_millis(10);
 
 /// The new files of a mirror on one side.
 struct MirrorFiles {
@@ -318,10 +320,17 @@ impl Site {
             class: volume.class.clone(),
             iops: volume.iops.map(to_iops),
             cache: Cache::None,
-            access: VolumeAccess::default(),
+            access: super::access::to_access(&volume.access).map_err(mismatch)?,
             wrapped_key: volume.wrapped_key.clone(),
             pool,
+            revision: 0,
         };
+        let access = record.access.clone();
+        let tls = access.tls_required.then_some(TlsRule::Required);
+        let change = VolumeAccessChange { allow: access.hosts, tls, ..VolumeAccessChange::default() };
+        if let Some(reason) = self.unreachable_by(&change) {
+            tracing::warn!(volume = %record.name, "after a failover here no host could open the replica: {reason}");
+        }
         self.allocate_volume(&record)
             .map_err(|error| (RefusalCode::NoSpace, format!("site '{here}': {error}")))?;
         Ok(record)
@@ -470,7 +479,7 @@ impl Site {
         Ok(())
     }
 
-    fn unlock_group(&self, mirror: &MirrorRecord, key: GroupKey) -> Result<(), OperationError> {
+    pub(super) fn unlock_group(&self, mirror: &MirrorRecord, key: GroupKey) -> Result<(), OperationError> {
         let volumes = self.mirror_volumes(mirror)?;
         let ciphers: Result<Vec<_>, _> = volumes.iter().map(|volume| self.unlock(volume)).collect();
         self.shard_of(key).send(ShardCommand::Unlock { key, ciphers: ciphers? });
@@ -542,6 +551,7 @@ fn to_mirror_volume(volume: &VolumeRecord) -> MirrorVolume {
             IopsLimit::PerSecond(limit) => limit.get(),
         }),
         wrapped_key: volume.wrapped_key.clone(),
+        access: super::access::to_mirror_access(&volume.access),
     }
 }
 

@@ -3,6 +3,7 @@
 //! The site owns the catalogue, the shards, the transport to its partners and the listeners. Requests of operators and
 //! partners that change something run one at a time; blocking work runs on tokio's blocking threads.
 
+mod access;
 mod certificates;
 mod changes;
 mod clean;
@@ -16,6 +17,7 @@ mod mirrors;
 mod operations;
 mod partners;
 mod policy;
+mod switch;
 mod verify;
 mod views;
 mod volumes;
@@ -81,6 +83,12 @@ pub struct Site {
     /// What is wrong with volumes that could not be opened.
     troubles: Mutex<BTreeMap<VolumeId, String>>,
     partner_troubles: Mutex<BTreeMap<VolumeName, Option<String>>>,
+    /// What partners have not been told of who may open a volume.
+    untold: Mutex<BTreeMap<VolumeId, String>>,
+    /// Held while a partner is told of that.
+    telling: tokio::sync::Mutex<()>,
+    /// The (epoch, revision) of what this site was last told of a replica; a message that was late comes below it.
+    told: tokio::sync::Mutex<BTreeMap<VolumeId, (u64, u64)>>,
     /// Held by whatever changes the set of volumes, partners or mirrors.
     changes: tokio::sync::Mutex<()>,
     started: Instant,
@@ -155,6 +163,9 @@ impl Site {
             exports: Exports::default(),
             troubles: Mutex::default(),
             partner_troubles: Mutex::default(),
+            untold: Mutex::default(),
+            telling: tokio::sync::Mutex::default(),
+            told: tokio::sync::Mutex::default(),
             changes: tokio::sync::Mutex::default(),
             started: Instant::now(),
             connections: Arc::new(Semaphore::new(usize::try_from(settings.nbd_connections_max.get())?)),
@@ -284,6 +295,10 @@ impl Site {
                 ShardNews::Persist { key, io, state } => {
                     let site = Arc::clone(&self);
                     tokio::task::spawn_blocking(move || site.persist(key, io, &state));
+                }
+                ShardNews::Unlock(key) => {
+                    let site = Arc::clone(&self);
+                    tokio::task::spawn_blocking(move || site.unlock_for(key));
                 }
                 ShardNews::Presented(key) => self.exports.present(key, &Ok(())),
                 ShardNews::Withdrawn(key, reason) => self.exports.present(key, &Err(reason)),

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use block::VolumeName;
 use control::{
     CertificateView, Counts, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView,
-    PartnerAdd, PartnerView, ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess,
-    VolumeAccessChange, VolumeCreate, VolumeResize, VolumeView,
+    PartnerAdd, PartnerView, ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccessChange,
+    VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -116,6 +116,7 @@ impl Site {
                 Some(name) => format!("volume '{name}' is not served: {trouble}"),
                 None => trouble.clone(),
             })
+            .chain(names.iter().filter_map(|volume| self.untold_of(volume.id)))
             .collect()
     }
 }
@@ -159,15 +160,15 @@ impl Operations for Operator {
         self.resize_volume(&name, resize).await
     }
 
-    async fn volume_access(&self, name: VolumeName) -> Outcome<VolumeAccess> {
-        Ok(self.known_volume(&name)?.access)
+    async fn volume_access(&self, name: VolumeName) -> Outcome<VolumeAccessView> {
+        Ok(self.access_view(&self.known_volume(&name)?))
     }
 
     async fn volume_access_change(
         &self,
         name: VolumeName,
         change: VolumeAccessChange,
-    ) -> Outcome<VolumeAccess> {
+    ) -> Outcome<VolumeAccessView> {
         let _changing = self.changes.lock().await;
         self.change_access(&name, change).await
     }
@@ -279,6 +280,13 @@ impl Operations for Operator {
             seconds_lost: report.lost_at_most.unwrap_or_default().as_secs_f64(),
             seconds_lost_bound: true,
         })
+    }
+
+    async fn mirror_switch(&self, name: VolumeName) -> Outcome<MirrorView> {
+        // Not held while it goes on: the role may have to be taken back meanwhile.
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.switch_group(&mirror, key).await?;
+        self.mirror_view(&mirror).await
     }
 
     async fn mirror_delete(&self, name: VolumeName) -> Outcome<()> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use block::{Epoch, MirrorId, VolumeName};
 use control::ProblemKind;
-use protocol::{CreateMirror, Message, RefusalCode, Refuse};
+use protocol::{CreateMirror, Message, RefusalCode, Refuse, SetAccess};
 use replicator::{IncomingSession, SessionEvent, SessionHandle};
 use tokio::sync::{Notify, mpsc};
 
@@ -61,6 +61,9 @@ impl Site {
             Some(partner) => self.dial(&partner).await,
             None => Err(format!("partner '{}' is not known any more", mirror.partner)),
         };
+        if session.is_ok() {
+            tokio::spawn(Arc::clone(&self).repeat_access(mirror.id));
+        }
         self.shard_of(key).send(ShardCommand::Dialed { key, session });
     }
 
@@ -115,6 +118,17 @@ impl Site {
         if matches!(answer, Message::Created { .. }) { Ok(()) } else { Err(refused(partner, &answer)) }
     }
 
+    /// Has the partner store who may open a mirror's volumes.
+    pub(super) async fn ask_to_set_access(
+        &self,
+        partner: &PartnerRecord,
+        set: SetAccess,
+        limit: Duration,
+    ) -> Result<(), OperationError> {
+        let answer = self.ask(partner, Message::SetAccess(set), limit).await?;
+        if matches!(answer, Message::AccessSet) { Ok(()) } else { Err(refused(partner, &answer)) }
+    }
+
     /// Has the partner forget a mirror.
     pub(super) async fn ask_to_delete(
         &self,
@@ -157,6 +171,7 @@ impl Site {
             Message::Ping => Message::Pong { site: self.catalogue().site(), name: self.name() },
             Message::CreateMirror(create) => self.create_secondary(&partner, create).await,
             Message::DeleteMirror { mirror, epoch } => self.delete_for_partner(&partner, mirror, epoch).await,
+            Message::SetAccess(set) => self.take_access(&partner, set).await,
             Message::Welcome(_)
             | Message::Refuse(_)
             | Message::Ack(_)
@@ -167,8 +182,12 @@ impl Site {
             | Message::VerifyRequest(_)
             | Message::VerifyReply(_)
             | Message::Orphans { .. }
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
+            | Message::Relinquish { .. }
             | Message::Created { .. }
             | Message::Deleted
+            | Message::AccessSet
             | Message::Pong { .. } => {
                 refusal(RefusalCode::Protocol, "the first message must be a question".to_owned())
             }

@@ -218,6 +218,18 @@ impl Site {
         self.check_size(name, create.size_bytes)
     }
 
+    /// Who may open the new volume, from its first moment on.
+    fn first_access(&self, create: &VolumeCreate) -> Result<VolumeAccess, OperationError> {
+        let refuse = |kind, reason: &dyn std::fmt::Display| {
+            problem(kind, format!("volume '{}' cannot be made: {reason}", create.name))
+        };
+        if let Some(reason) = self.unreachable_by(&create.access) {
+            return Err(refuse(ProblemKind::Refused, &reason));
+        }
+        let access = VolumeAccess::default().changed(&create.access);
+        access.map_err(|error| refuse(ProblemKind::Invalid, &error))
+    }
+
     pub(super) fn check_size(&self, name: &VolumeName, size: ByteCount) -> Result<(), OperationError> {
         if !size.0.is_multiple_of(SIZE_UNIT) || size < self.settings.minimum_size {
             let detail = format!(
@@ -251,6 +263,7 @@ impl Site {
     /// Makes a volume: reserves its name, allocates all its space, then lets it exist.
     pub(super) fn make_volume(&self, create: &VolumeCreate) -> Result<VolumeRecord, OperationError> {
         self.check_volume(create)?;
+        let access = self.first_access(create)?;
         let random = keystore::random_bytes::<64>()
             .map_err(|error| problem(ProblemKind::Internal, error.to_string()))?;
         let key = DataKey::from_random(random)
@@ -264,9 +277,10 @@ impl Site {
             class: create.class.clone(),
             iops: create.iops,
             cache: create.cache,
-            access: VolumeAccess::default(),
+            access,
             wrapped_key: self.key.wrap(&key).as_bytes().to_vec(),
             pool,
+            revision: 0,
         };
         let home = self.allocate_volume(&record)?;
         self.add_lone(&record, home, Arc::new(VolumeCipher::new(&key)));

@@ -4,9 +4,12 @@
 //! in whole pages). It counts what is out, refuses beyond its budget, and takes buffers back from any thread.
 //! Memory at rest above a watermark goes back to the system. All memory is initialised, but a reused buffer still
 //! holds what it held before: fill it before anyone else sees it.
+//!
+//! Buffers of 16 KiB and more lie in huge pages, if the system has some to give. Returning a part of a huge page
+//! splits it for good, so a pool at rest returns whole regions, which are mapped anew when they are needed.
 
 use std::alloc::{Layout, handle_alloc_error};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,13 +17,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 
-use crate::sys::memory::{Block, PAGE_BYTES};
+use crate::sys::memory::{Block, HUGE_PAGE_BYTES, PAGE_BYTES};
 
 /// The longest buffer of a pool.
 pub const BUFFER_BYTES_MAX: usize = 64 << 20;
 
-/// The largest size class; also how much is mapped at once for the smaller ones.
+/// The largest size class.
 const CLASS_BYTES_MAX: usize = 1 << 20;
+/// How much is mapped at once for classes below [`HUGE_CLASS_BYTES_MIN`].
+const SMALL_REGION_BYTES: usize = 1 << 20;
+/// From this class on buffers lie in huge pages: the smallest that saves a transfer more than a segment or two.
+const HUGE_CLASS_BYTES_MIN: usize = 16 << 10;
 /// 4 KiB, 8 KiB, ... 1 MiB.
 const CLASS_COUNT: usize = 9;
 /// Resting memory is kept warm up to this share of the budget; a busy pool swings by less, an idle one gives back
@@ -114,6 +121,9 @@ impl BufferPool {
 
     /// Gives all resting memory back to the system; for a pool that has nothing to do.
     pub fn trim(&self) {
+        let regions =
+            self.shared.shelves.lock().unwrap_or_else(PoisonError::into_inner).take_regions_at_rest();
+        drop(regions);
         self.shared.shrink_to(0);
     }
 
@@ -145,7 +155,7 @@ impl Shared {
             return Some(block);
         }
         if shelf.cold.is_empty() {
-            shelf.cold = Block::map(CLASS_BYTES_MAX / capacity, capacity).ok()?;
+            shelf.cold = Block::map(region_bytes(capacity) / capacity, capacity).ok()?;
         }
         shelf.cold.pop()
     }
@@ -190,6 +200,27 @@ impl Shelves {
         let shift = capacity.trailing_zeros() - PAGE_BYTES.trailing_zeros();
         let index = usize::try_from(shift).unwrap_or(usize::MAX);
         self.classes.get_mut(index).expect("the size is a class's")
+    }
+
+    /// Takes all blocks of those huge regions of which none is out; dropped, they are unmapped.
+    fn take_regions_at_rest(&mut self) -> Vec<Block> {
+        let huge = |block: &Block| block.bytes() >= HUGE_CLASS_BYTES_MIN;
+        let mut at_rest: BTreeMap<usize, usize> = BTreeMap::new();
+        for block in self.classes.iter().flat_map(|shelf| shelf.warm.iter().chain(&shelf.cold)) {
+            if huge(block) {
+                *at_rest.entry(block.region()).or_default() += 1;
+            }
+        }
+        let is_whole = |block: &Block| at_rest.get(&block.region()) == Some(&block.siblings());
+        let mut taken = Vec::new();
+        for shelf in &mut self.classes {
+            let (whole, warm): (VecDeque<_>, VecDeque<_>) = shelf.warm.drain(..).partition(is_whole);
+            self.warm_bytes -= whole.iter().map(Block::bytes).sum::<usize>();
+            shelf.warm = warm;
+            taken.extend(whole);
+            taken.extend(shelf.cold.extract_if(.., |block| is_whole(block)));
+        }
+        taken
     }
 
     /// Takes the longest resting block of the class that holds the most, so that a class which the load no longer
@@ -285,6 +316,11 @@ fn capacity_of(length: usize) -> usize {
     }
 }
 
+/// How much is mapped at once for a class.
+fn region_bytes(capacity: usize) -> usize {
+    if capacity >= HUGE_CLASS_BYTES_MIN { HUGE_PAGE_BYTES } else { SMALL_REGION_BYTES }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -357,6 +393,31 @@ mod tests {
         pool.trim();
         assert_eq!(warm_bytes(&pool), 0);
         assert!(pool.try_take(64 << 10).unwrap().iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_trim_unmaps_whole_regions_and_leaves_those_in_use() {
+        let pool = BufferPool::new(8 << 20);
+        let per_region = HUGE_PAGE_BYTES / (128 << 10);
+        let mut buffers: Vec<Buffer> =
+            (0..3 * per_region).map(|_| pool.try_take(128 << 10).unwrap()).collect();
+        buffers.iter_mut().for_each(|buffer| buffer.fill(5));
+        for buffer in buffers.iter().step_by(per_region) {
+            assert_eq!(buffer.as_ptr().align_offset(128 << 10), 0, "a region is aligned to its huge page");
+        }
+        let kept = buffers.pop().unwrap();
+        drop(buffers);
+        pool.trim();
+        let at_rest = |pool: &BufferPool| {
+            let shelves = pool.shared.shelves.lock().unwrap();
+            shelves.classes.iter().map(|shelf| shelf.warm.len() + shelf.cold.len()).sum::<usize>()
+        };
+        assert_eq!(at_rest(&pool), per_region - 1);
+        assert!(kept.iter().all(|byte| *byte == 5));
+        drop(kept);
+        pool.trim();
+        assert_eq!((at_rest(&pool), warm_bytes(&pool)), (0, 0));
+        assert!(pool.try_take(128 << 10).unwrap().iter().all(|byte| *byte == 0));
     }
 
     #[test]

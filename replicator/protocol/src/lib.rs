@@ -4,6 +4,7 @@
 //! docs/protocols/replication.md. The machines here decide *what is allowed*; the daemon's group machine decides
 //! *when*, and performs it.
 
+mod access;
 mod codec;
 pub mod fuzz;
 mod lineage;
@@ -14,6 +15,7 @@ mod sender;
 mod states;
 mod verify;
 
+pub use access::{MirrorAccess, MirrorHost, SetAccess};
 pub use codec::CodecError;
 pub use lineage::{Fork, GroupState, HelloVerdict, Refusal, RefusalCode, ResumePlan, Role};
 pub use message::{

@@ -14,7 +14,8 @@ use crate::message::{Hello, decode_forks, encode_forks};
 /// more of them is compared in full.
 pub(crate) const FORKS_MAX: usize = 100;
 
-const STATE_VERSION: u16 = 1;
+/// Version 1 has no `relinquished`; it is still read.
+const STATE_VERSION: u16 = 2;
 
 /// What a site is to a mirror.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,6 +58,10 @@ pub struct GroupState {
     pub diverged: bool,
     /// At the primary: an operator's `start` allowed the partner's diverged blocks to be overwritten.
     pub overwrite_approved: bool,
+    /// This side was the primary and gave its role up in a planned switch: its homes durably hold the image at this
+    /// tip and nothing else. Until it hears of the next epoch it presents that to its partner; the first commit of the
+    /// new lineage, or a promotion here, ends it.
+    pub relinquished: Option<Tip>,
 }
 
 /// Why a side refuses; the number travels on the wire.
@@ -171,6 +176,7 @@ impl GroupState {
             consistent: false,
             diverged: false,
             overwrite_approved: false,
+            relinquished: None,
         }
     }
 
@@ -201,17 +207,49 @@ impl GroupState {
             forks,
             diverged: false,
             overwrite_approved: false,
+            relinquished: None,
             ..self.clone()
         }
     }
 
-    /// The state of a primary that heard of a higher epoch by a refusal.
+    /// The state of a primary that gives its role up at `tip`, in its own epoch: its homes hold exactly that, durably.
+    ///
+    /// # Panics
+    /// If this side is not a primary of the tip's epoch whose target is complete.
+    pub fn relinquishing(&self, tip: Tip) -> Self {
+        assert!(
+            self.role == Role::Primary && self.consistent,
+            "only a primary with a target gives its role up"
+        );
+        assert!(tip.position.epoch == self.epoch, "what is given up is the present epoch's");
+        Self {
+            role: Role::Secondary,
+            diverged: false,
+            overwrite_approved: false,
+            relinquished: Some(tip),
+            ..self.clone()
+        }
+    }
+
+    /// The tip at which `site` gave its role up, while nobody is known to have taken it.
+    pub fn offered(&self, site: SiteId) -> Option<Tip> {
+        self.relinquished.filter(|_| self.role == Role::Secondary && self.origin == site)
+    }
+
+    /// The state of a primary, or of one that gave its role up, that heard of a higher epoch by a refusal.
     ///
     /// # Panics
     /// If the epoch is not higher.
     pub fn fenced(&self, epoch: Epoch, origin: SiteId, fork: Position) -> Self {
         assert!(epoch > self.epoch, "only a higher epoch fences");
-        Self { forks: self.forked(Fork { epoch, origin, at: fork }), ..self.heard(epoch, origin) }
+        let heard = self.heard(epoch, origin);
+        // What was given up and is not in the new lineage is this side's own.
+        let beyond = self.relinquished.is_some_and(|tip| tip.position.order(&fork) == Ordering::Greater);
+        Self {
+            forks: self.forked(Fork { epoch, origin, at: fork }),
+            diverged: heard.diverged || beyond,
+            ..heard
+        }
     }
 
     /// The history with one more fork; the oldest are forgotten beyond the bound.
@@ -330,6 +368,10 @@ impl GroupState {
         for flag in [self.stopped, self.consistent, self.diverged, self.overwrite_approved] {
             out.bool(flag);
         }
+        out.bool(self.relinquished.is_some());
+        if let Some(tip) = &self.relinquished {
+            out.tip(tip);
+        }
         out.finish()
     }
 
@@ -340,7 +382,7 @@ impl GroupState {
     pub fn decode(bytes: &[u8]) -> Result<Self, CodecError> {
         let mut input = Reader::new(bytes);
         let version = input.u16()?;
-        if version != STATE_VERSION {
+        if !(1..=STATE_VERSION).contains(&version) {
             return Err(CodecError::Unknown { field: "group state version", value: u64::from(version) });
         }
         let role = if input.bool("role")? { Role::Primary } else { Role::Secondary };
@@ -354,9 +396,12 @@ impl GroupState {
             consistent: input.bool("consistent")?,
             diverged: input.bool("diverged")?,
             overwrite_approved: input.bool("overwrite approved")?,
+            relinquished: None,
         };
+        let relinquished = version >= 2 && input.bool("relinquished")?;
+        let relinquished = if relinquished { Some(input.tip()?) } else { None };
         input.finish()?;
-        Ok(state)
+        Ok(Self { relinquished, ..state })
     }
 }
 
@@ -455,12 +500,57 @@ mod tests {
     }
 
     #[test]
+    fn a_side_that_gave_its_role_up_is_diverged_only_if_the_new_lineage_begins_before_that() {
+        let east =
+            GroupState { incarnation: Incarnation(1), consistent: true, ..GroupState::new_primary(EAST) };
+        let at = east.start_position().at(Sequence(10));
+        let given = east.relinquishing(tip(at));
+        assert_eq!(given.offered(EAST), Some(tip(at)));
+        assert_eq!(given.offered(WEST), None);
+        // Its hello is a primary's of its epoch to the partner.
+        let west = GroupState { consistent: true, ..GroupState::new_secondary(EAST) };
+        assert_eq!(west.judge_hello(&hello(&given, 10), at), HelloVerdict::Accept);
+        let taken = west.promoted(WEST, at);
+        let fenced = given.fenced(taken.epoch, WEST, taken.fork());
+        assert!(!fenced.diverged && fenced.offered(EAST).is_none() && fenced.relinquished.is_some());
+        let HelloVerdict::Adopt(adopted) = given.judge_hello(&hello(&taken, 1), at) else {
+            panic!("not adopted")
+        };
+        assert_eq!(*adopted, fenced);
+        assert_eq!(taken.judge_tip(taken.start_position(), &tip(at), false), ResumePlan::Ancestor);
+        // A forced failover from an older tip takes less over than was given up.
+        let older = west.promoted(WEST, at.at(Sequence(9)));
+        assert!(given.fenced(older.epoch, WEST, older.fork()).diverged);
+        let HelloVerdict::Adopt(adopted) = given.judge_hello(&hello(&older, 1), at) else {
+            panic!("not adopted")
+        };
+        assert!(adopted.diverged);
+        // It takes the role back only by a promotion of its own.
+        assert_eq!(given.promoted(EAST, at).relinquished, None);
+    }
+
+    #[test]
     fn the_state_survives_the_round_trip() {
-        let state = GroupState::new_secondary(EAST).promoted(WEST, Position::default());
-        let bytes = state.encode();
-        assert_eq!(GroupState::decode(&bytes).unwrap(), state);
-        for length in 0..bytes.len() {
-            assert!(GroupState::decode(&bytes[..length]).is_err());
+        let plain = GroupState::new_secondary(EAST).promoted(WEST, Position::default());
+        let given = GroupState { relinquished: Some(tip(plain.start_position())), ..plain.clone() };
+        for state in [plain, given] {
+            let bytes = state.encode();
+            assert_eq!(GroupState::decode(&bytes).unwrap(), state);
+            for length in 0..bytes.len() {
+                assert!(GroupState::decode(&bytes[..length]).is_err());
+            }
         }
+    }
+
+    #[test]
+    fn a_state_of_version_1_is_read() {
+        let state = GroupState::new_secondary(EAST).promoted(WEST, Position::default());
+        let mut bytes = state.encode();
+        // Version 1 ended before the flag of what was given up.
+        bytes.pop();
+        bytes[0] = 1;
+        assert_eq!(GroupState::decode(&bytes).unwrap(), state);
+        bytes[0] = 3;
+        assert!(GroupState::decode(&bytes).is_err());
     }
 }

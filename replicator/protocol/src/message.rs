@@ -8,12 +8,15 @@ use block::{
 };
 use bytes::Bytes;
 
+use crate::access::{
+    MirrorAccess, SetAccess, decode_access, decode_set_access, encode_access, encode_set_access,
+};
 use crate::codec::{CodecError, Reader, Writer};
 use crate::lineage::{FORKS_MAX, Fork, RefusalCode};
 use crate::verify::{self, VerifyReply, VerifyRequest};
 
 /// The version that both sides must speak.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// No control frame is longer.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -41,6 +44,8 @@ pub struct MirrorVolume {
     pub iops: Option<u32>,
     /// The data key, wrapped by the key-encryption key that both sites share.
     pub wrapped_key: Vec<u8>,
+    /// Who may open it: the replica begins with the primary's rules.
+    pub access: MirrorAccess,
 }
 
 /// The primary opens a session.
@@ -80,6 +85,8 @@ pub struct Welcome {
     pub consistent: bool,
     /// It was a primary itself and may hold writes that the new primary never had: `compare` lists where.
     pub diverged: bool,
+    /// It gave its role up in a planned switch at exactly this tip and has taken nothing since.
+    pub relinquished: bool,
     /// By how much, in milliseconds of the target's clock, its image may be older than now; `None` if unknown.
     pub age_bound_ms: Option<u64>,
     /// Where a diverged side may differ.
@@ -191,6 +198,18 @@ pub enum Message {
     VerifyRequest(VerifyRequest),
     /// Target to primary.
     VerifyReply(VerifyReply),
+    /// Primary to target: can you take the role over?
+    SwitchAsk,
+    /// Target to primary: the answer.
+    SwitchReady {
+        /// Why not; empty if it can.
+        trouble: String,
+    },
+    /// A side that durably gave its role up to its target: take it, at exactly this tip.
+    Relinquish {
+        /// Everything that its hosts ever wrote.
+        tip: Tip,
+    },
     /// Site to partner, first frame of its own session.
     CreateMirror(CreateMirror),
     /// The partner holds the secondary.
@@ -207,6 +226,10 @@ pub enum Message {
     },
     /// It is forgotten.
     Deleted,
+    /// Primary to target, first frame of its own session.
+    SetAccess(SetAccess),
+    /// It is durable there.
+    AccessSet,
     /// Are you there?
     Ping,
     /// Yes.
@@ -227,6 +250,9 @@ const PASS_REFUSED: u8 = 6;
 const HASH_REQUEST: u8 = 7;
 const HASH_REPLY: u8 = 8;
 const ORPHANS: u8 = 9;
+const SWITCH_ASK: u8 = 10;
+const SWITCH_READY: u8 = 11;
+const RELINQUISH: u8 = 12;
 const CREATE_MIRROR: u8 = 16;
 const CREATED: u8 = 17;
 const DELETE_MIRROR: u8 = 18;
@@ -235,6 +261,8 @@ const PING: u8 = 20;
 const PONG: u8 = 21;
 const VERIFY_REQUEST: u8 = 24;
 const VERIFY_REPLY: u8 = 25;
+const SET_ACCESS: u8 = 22;
+const ACCESS_SET: u8 = 23;
 
 impl Message {
     /// The frame's bytes.
@@ -247,13 +275,7 @@ impl Message {
             Self::Hello(hello) => encode_hello(&mut out, hello),
             Self::Welcome(welcome) => encode_welcome(&mut out, welcome),
             Self::Refuse(refuse) => encode_refuse(&mut out, refuse),
-            Self::Ack(ack) => {
-                out.u8(ACK);
-                out.tip(&ack.tip);
-                out.bool(ack.staged);
-                out.u64(ack.applied.0);
-                out.u64(ack.clock.0);
-            }
+            Self::Ack(ack) => encode_ack(&mut out, ack),
             Self::AbortPass { pass } => {
                 out.u8(ABORT_PASS);
                 out.u64(*pass);
@@ -268,12 +290,7 @@ impl Message {
                 out.u64(request.id);
                 range(&mut out, request.volume, request.range);
             }
-            Self::HashReply(reply) => {
-                out.u8(HASH_REPLY);
-                out.u64(reply.id);
-                out.count(reply.hashes.len());
-                reply.hashes.iter().for_each(|hash| out.raw(hash));
-            }
+            Self::HashReply(reply) => encode_hash_reply(&mut out, reply),
             Self::Orphans { bytes, waiting } => {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
@@ -287,6 +304,15 @@ impl Message {
                 out.u8(VERIFY_REPLY);
                 verify::encode_reply(&mut out, reply);
             }
+            Self::SwitchAsk => out.u8(SWITCH_ASK),
+            Self::SwitchReady { trouble } => {
+                out.u8(SWITCH_READY);
+                out.counted(cut_short(trouble).as_bytes());
+            }
+            Self::Relinquish { tip } => {
+                out.u8(RELINQUISH);
+                out.tip(tip);
+            }
             Self::CreateMirror(create) => encode_create(&mut out, create),
             Self::Created { site } => {
                 out.u8(CREATED);
@@ -298,6 +324,11 @@ impl Message {
                 out.u64(epoch.0);
             }
             Self::Deleted => out.u8(DELETED),
+            Self::SetAccess(set) => {
+                out.u8(SET_ACCESS);
+                encode_set_access(&mut out, set);
+            }
+            Self::AccessSet => out.u8(ACCESS_SET),
             Self::Ping => out.u8(PING),
             Self::Pong { site, name } => {
                 out.u8(PONG);
@@ -342,6 +373,9 @@ impl Message {
             ORPHANS => Self::Orphans { bytes: ByteCount(input.u64()?), waiting: input.bool("waiting")? },
             VERIFY_REQUEST => Self::VerifyRequest(verify::decode_request(&mut input)?),
             VERIFY_REPLY => Self::VerifyReply(verify::decode_reply(&mut input)?),
+            SWITCH_ASK => Self::SwitchAsk,
+            SWITCH_READY => Self::SwitchReady { trouble: input.text("trouble", TEXT_BYTES_MAX)? },
+            RELINQUISH => Self::Relinquish { tip: input.tip()? },
             CREATE_MIRROR => Self::CreateMirror(decode_create(&mut input)?),
             CREATED => Self::Created { site: input.site()? },
             DELETE_MIRROR => Self::DeleteMirror {
@@ -349,6 +383,8 @@ impl Message {
                 epoch: Epoch(input.u64()?),
             },
             DELETED => Self::Deleted,
+            SET_ACCESS => Self::SetAccess(decode_set_access(&mut input)?),
+            ACCESS_SET => Self::AccessSet,
             PING => Self::Ping,
             PONG => Self::Pong { site: input.site()?, name: input.text("name", NAME_BYTES_MAX)? },
             value => {
@@ -429,6 +465,7 @@ fn encode_welcome(out: &mut Writer, welcome: &Welcome) {
     }
     out.bool(welcome.consistent);
     out.bool(welcome.diverged);
+    out.bool(welcome.relinquished);
     out.u64(welcome.age_bound_ms.unwrap_or(u64::MAX));
     assert!(welcome.compare.len() <= RANGES_MAX, "compare ranges are merged before they are sent");
     out.count(welcome.compare.len());
@@ -441,10 +478,27 @@ fn decode_welcome(input: &mut Reader<'_>) -> Result<Welcome, CodecError> {
     let staged = if input.bool("staged")? { Some((input.u64()?, input.tip()?)) } else { None };
     let consistent = input.bool("consistent")?;
     let diverged = input.bool("diverged")?;
+    let relinquished = input.bool("relinquished")?;
     let age_bound_ms = Some(input.u64()?).filter(|age| *age != u64::MAX);
     let count = input.count("compare", RANGES_MAX)?;
     let compare = (0..count).map(|_| compare_range(input)).collect::<Result<_, _>>()?;
-    Ok(Welcome { tip, staged, consistent, diverged, age_bound_ms, compare, clock: input.wall_time()? })
+    let clock = input.wall_time()?;
+    Ok(Welcome { tip, staged, consistent, diverged, relinquished, age_bound_ms, compare, clock })
+}
+
+fn encode_ack(out: &mut Writer, ack: &Ack) {
+    out.u8(ACK);
+    out.tip(&ack.tip);
+    out.bool(ack.staged);
+    out.u64(ack.applied.0);
+    out.u64(ack.clock.0);
+}
+
+fn encode_hash_reply(out: &mut Writer, reply: &HashReply) {
+    out.u8(HASH_REPLY);
+    out.u64(reply.id);
+    out.count(reply.hashes.len());
+    reply.hashes.iter().for_each(|hash| out.raw(hash));
 }
 
 fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
@@ -453,12 +507,17 @@ fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
     out.u64(refuse.epoch.0);
     out.raw(&refuse.origin.to_bytes());
     out.position(&refuse.fork);
-    let mut text = refuse.text.as_str();
+    out.counted(cut_short(&refuse.text).as_bytes());
+}
+
+/// The text, or as much of it as a message may carry.
+fn cut_short(text: &str) -> &str {
+    let mut text = text;
     while text.len() > TEXT_BYTES_MAX {
         let shorter = text.char_indices().next_back().map_or(0, |(index, _)| index);
         text = text.get(..shorter).unwrap_or("");
     }
-    out.counted(text.as_bytes());
+    text
 }
 
 fn decode_refuse(input: &mut Reader<'_>) -> Result<Refuse, CodecError> {
@@ -490,6 +549,7 @@ fn encode_create(out: &mut Writer, create: &CreateMirror) {
         out.bool(volume.iops.is_some());
         out.u32(volume.iops.unwrap_or(0));
         out.counted(&volume.wrapped_key);
+        encode_access(out, &volume.access);
     }
 }
 
@@ -520,7 +580,8 @@ fn decode_volume(input: &mut Reader<'_>) -> Result<MirrorVolume, CodecError> {
     }
     let iops = has_iops.then_some(value);
     let wrapped_key = input.counted("wrapped key", KEY_BYTES_MAX)?;
-    Ok(MirrorVolume { id, name, size, class, iops, wrapped_key })
+    let access = decode_access(input)?;
+    Ok(MirrorVolume { id, name, size, class, iops, wrapped_key, access })
 }
 
 #[cfg(test)]
@@ -529,31 +590,33 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::access::MirrorHost;
 
-    fn samples() -> Vec<Message> {
-        let position = Position {
+    fn position() -> Position {
+        Position {
             epoch: Epoch(3),
             origin: SiteId::from_bytes([7; 16]),
             incarnation: Incarnation(2),
             sequence: Sequence(99),
-        };
+        }
+    }
+
+    fn samples() -> Vec<Message> {
+        [session_samples(), lone_samples()].concat()
+    }
+
+    /// Messages of a mirror's session.
+    fn session_samples() -> Vec<Message> {
+        let position = position();
         let tip = Tip { position, chain: block::ChainHash([9; 32]) };
         let range = ByteRange::new(4096, 8192).unwrap();
-        let volume = MirrorVolume {
-            id: VolumeId::from_bytes([1; 16]),
-            name: "db".into(),
-            size: ByteCount(1 << 30),
-            class: "standard".into(),
-            iops: Some(500),
-            wrapped_key: vec![5; 72],
-        };
         vec![
             Message::Hello(Hello {
                 version: PROTOCOL_VERSION,
                 mirror: MirrorId::from_bytes([2; 16]),
                 position,
                 forks: vec![Fork { epoch: Epoch(3), origin: position.origin, at: position }],
-                volumes: vec![(volume.id, volume.size)],
+                volumes: vec![(VolumeId::from_bytes([1; 16]), ByteCount(1 << 30))],
                 echo: WallTime(5),
             }),
             Message::Welcome(Welcome {
@@ -561,6 +624,7 @@ mod tests {
                 staged: Some((4, tip)),
                 consistent: true,
                 diverged: true,
+                relinquished: false,
                 age_bound_ms: Some(10),
                 compare: vec![CompareRange { volume: VolumeIndex(0), range }],
                 clock: WallTime(77),
@@ -578,6 +642,30 @@ mod tests {
             Message::HashRequest(HashRequest { id: 1, volume: VolumeIndex(3), range }),
             Message::HashReply(HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
             Message::Orphans { bytes: ByteCount(8192), waiting: true },
+            Message::SwitchAsk,
+            Message::SwitchReady { trouble: "locked".into() },
+            Message::Relinquish { tip },
+        ]
+    }
+
+    /// Messages that are alone in a session of their own.
+    fn lone_samples() -> Vec<Message> {
+        let position = position();
+        let volume = MirrorVolume {
+            id: VolumeId::from_bytes([1; 16]),
+            name: "db".into(),
+            size: ByteCount(1 << 30),
+            class: "standard".into(),
+            iops: Some(500),
+            wrapped_key: vec![5; 72],
+            access: MirrorAccess {
+                tls_required: true,
+                read_only: false,
+                hosts: vec![MirrorHost { identity: "host 1".into(), read_only: true }],
+            },
+        };
+        let access = (volume.id, 7, volume.access.clone());
+        vec![
             Message::CreateMirror(CreateMirror {
                 mirror: MirrorId::from_bytes([2; 16]),
                 name: "m".into(),
@@ -589,6 +677,12 @@ mod tests {
             Message::Created { site: position.origin },
             Message::DeleteMirror { mirror: MirrorId::from_bytes([2; 16]), epoch: Epoch(1) },
             Message::Deleted,
+            Message::SetAccess(SetAccess {
+                mirror: MirrorId::from_bytes([2; 16]),
+                epoch: Epoch(1),
+                volumes: vec![access],
+            }),
+            Message::AccessSet,
             Message::Ping,
             Message::Pong { site: position.origin, name: "east".into() },
             Message::VerifyRequest(VerifyRequest {
@@ -628,8 +722,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_bytes(index in 0_usize..19, at in 0_usize..400, value: u8) {
-            let mut bytes = samples()[index].encode().to_vec();
+        fn what_decodes_encodes_to_the_same_bytes(message in proptest::sample::select(samples()), at in 0_usize..400, value: u8) {
+            let mut bytes = message.encode().to_vec();
             let at = at % bytes.len();
             bytes[at] = value;
             if let Ok(message) = Message::decode(&bytes) {

@@ -1,4 +1,4 @@
-//! A link that can be cut, for the demonstration: relays UDP on each `--route LISTEN=TARGET`.
+//! A link that can be cut, slow or lossy, for the demonstration and benches: relays UDP on each `--route LISTEN=TARGET`.
 //!
 //! It looks at the file `--control` ten times a second: `cut` cuts all routes, anything else lets packets pass. It
 //! ends with its parent's pipe: when standard input closes.
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use testbed::harness::Relay;
+use testbed::harness::{Relay, RelaySettings};
 
 #[derive(Parser)]
 struct Arguments {
@@ -24,6 +24,12 @@ struct Arguments {
     /// The file that says whether the link is cut.
     #[arg(long)]
     control: PathBuf,
+    /// Added to the way in each direction, in milliseconds.
+    #[arg(long, default_value_t = 0)]
+    delay_ms: u64,
+    /// Of 1,000 packets this many are lost.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    drop_permille: u32,
 }
 
 fn route(text: &str) -> Result<(SocketAddr, SocketAddr)> {
@@ -49,11 +55,12 @@ fn main() -> Result<()> {
     while !ended.load(Ordering::Relaxed) {
         let wish = std::fs::read_to_string(&arguments.control).unwrap_or_default();
         for relay in &relays {
-            if wish.trim() == "cut" {
-                relay.cut();
-            } else {
-                relay.heal();
-            }
+            relay.set(RelaySettings {
+                cut: wish.trim() == "cut",
+                drop_permille: arguments.drop_permille,
+                delay: Duration::from_millis(arguments.delay_ms),
+                ..RelaySettings::default()
+            });
         }
         thread::sleep(Duration::from_millis(100));
     }

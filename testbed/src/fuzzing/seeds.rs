@@ -293,7 +293,13 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
         class: "standard".into(),
         iops: Some(500),
         wrapped_key: vec![5; 72],
+        access: protocol::MirrorAccess {
+            tls_required: true,
+            read_only: false,
+            hosts: vec![protocol::MirrorHost { identity: "host".into(), read_only: true }],
+        },
     };
+    let access = (volume.id, 7, volume.access.clone());
     let fork = protocol::Fork { epoch: Epoch(3), origin: position.origin, at: position };
     let messages = [
         Message::Hello(protocol::Hello {
@@ -326,6 +332,7 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
             key_fingerprint: "00ff".into(),
             volumes: vec![volume],
         }),
+        Message::SetAccess(protocol::SetAccess { mirror: MIRROR, epoch: Epoch(3), volumes: vec![access] }),
         Message::Ping,
     ];
     messages.iter().map(|message| message.encode().to_vec()).collect()

@@ -26,9 +26,18 @@ impl Pair {
     /// # Errors
     /// If that fails.
     pub fn start(world: &World) -> Result<Self> {
-        let options = SiteOptions { kek: Some(world.path("kek")), ..SiteOptions::default() };
-        let west = world.site("west", options.clone())?;
-        let east = world.site("east", options)?;
+        Self::start_with(world, [Vec::new(), Vec::new()])
+    }
+
+    /// Starts both, each with these further flags, and makes them partners.
+    ///
+    /// # Errors
+    /// If that fails.
+    pub fn start_with(world: &World, flags: [Vec<String>; 2]) -> Result<Self> {
+        let [west, east] =
+            flags.map(|flags| SiteOptions { kek: Some(world.path("kek")), flags, ..SiteOptions::default() });
+        let west = world.site("west", west)?;
+        let east = world.site("east", east)?;
         let links = [Relay::start(east.replication(), 1)?, Relay::start(west.replication(), 2)?];
         add_partner(world, &west, &east, &links[0])?;
         add_partner(world, &east, &west, &links[1])?;

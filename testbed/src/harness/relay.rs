@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::{set_socket_recv_buffer_size, set_socket_recv_buffer_size_force};
+
 use super::Random;
 
 /// More senders than this at one relay are a defect of the test.
@@ -19,6 +21,8 @@ const DATAGRAM_BYTES_MAX: usize = 65_536;
 const TICK: Duration = Duration::from_millis(2);
 /// How long a packet is held back to let later ones pass it.
 const REORDER_DELAY: Duration = Duration::from_millis(4);
+/// What may wait at a socket: a window's worth of packets, or a relay that is not scheduled for a moment loses some.
+const SOCKET_BYTES: usize = 8 << 20;
 
 /// What the link does to packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -76,6 +80,7 @@ impl Relay {
     /// If the address cannot be bound.
     pub fn listen(listen: SocketAddr, target: SocketAddr, seed: u64) -> io::Result<Self> {
         let socket = Arc::new(UdpSocket::bind(listen)?);
+        deepen(&socket);
         socket.set_read_timeout(Some(TICK))?;
         let address = socket.local_addr()?;
         let shared = Arc::new(Shared {
@@ -112,6 +117,13 @@ impl Relay {
     /// Lets everything pass at once.
     pub fn heal(&self) {
         self.set(RelaySettings::default());
+    }
+}
+
+/// Makes the queue of arrived packets long; beyond the system's limit only for root, else as long as allowed.
+fn deepen(socket: &UdpSocket) {
+    if set_socket_recv_buffer_size_force(socket, SOCKET_BYTES).is_err() {
+        let _ = set_socket_recv_buffer_size(socket, SOCKET_BYTES);
     }
 }
 
@@ -159,6 +171,7 @@ impl Shared {
     ) -> io::Result<Arc<UdpSocket>> {
         let upstream = Arc::new(UdpSocket::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?);
         upstream.connect(target)?;
+        deepen(&upstream);
         upstream.set_read_timeout(Some(Duration::from_millis(50)))?;
         let (shared, answers, back) = (Arc::clone(self), Arc::clone(&upstream), Arc::clone(socket));
         thread::spawn(move || {

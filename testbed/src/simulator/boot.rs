@@ -55,6 +55,7 @@ impl World {
             heard_epoch: 0,
             start_given: 0,
             failover: None,
+            forced_epoch: 0,
         }
     }
 

@@ -10,7 +10,7 @@ use protocol::{GroupState, Message, Role};
 use super::disk::VirtualFile;
 use super::host::ANSWER_MAX;
 use super::plan::MILLISECOND;
-use super::world::{Event, World};
+use super::world::{Event, World, site_id};
 use super::{oracle, size};
 
 /// An image and the position that it claims to be.
@@ -109,6 +109,15 @@ impl World {
                     self.fail(format!("site {site} says {} but only {state:?} is durable", hello.position));
                 }
             }
+            Message::Relinquish { tip } => {
+                if self.sites[site].state.offered(site_id(site)) != Some(*tip) {
+                    let state = &self.sites[site].state;
+                    self.fail(format!(
+                        "site {site} gives its role up at {} but stored {state:?}",
+                        tip.position
+                    ));
+                }
+            }
             Message::Welcome(welcome) => self.told(site, &welcome.tip.position),
             Message::Ack(ack) => {
                 if !ack.staged {
@@ -128,10 +137,14 @@ impl World {
             | Message::VerifyRequest(_)
             | Message::VerifyReply(_)
             | Message::Orphans { .. }
+            | Message::SwitchAsk
+            | Message::SwitchReady { .. }
             | Message::CreateMirror(_)
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::SetAccess(_)
+            | Message::AccessSet
             | Message::Ping
             | Message::Pong { .. } => {}
         }
@@ -210,6 +223,22 @@ impl World {
         let truth = Duration::from_nanos(ordered_at - oldest);
         if loss < truth {
             self.fail(format!("failover at {fork} said that at most {loss:?} is lost; it is {truth:?}"));
+        }
+    }
+
+    /// A promotion that no operator forced is a switch's: the old side gave the role up, and nothing is lost.
+    pub(super) fn check_switch(&mut self, site: usize, fork: &Position, home: &[u64]) {
+        let other = &self.sites[1 - site];
+        if other.state.role == Role::Primary || other.presented {
+            let text =
+                format!("site {site} took the role over at {fork} while the other side is {:?}", other.state);
+            return self.fail(text);
+        }
+        self.statistics.images += 1;
+        self.statistics.switches += 1;
+        self.compare_image(site, oracle::key(fork), fork.sequence.0, home, "switch");
+        if let Some(oldest) = self.oracle.oldest_missing(1 - site, fork, self.now) {
+            self.fail(format!("the switch at {fork} lost a write that was answered at {oldest}"));
         }
     }
 

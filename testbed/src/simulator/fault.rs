@@ -3,7 +3,7 @@
 use protocol::Role;
 
 use super::plan::{Fault, MILLISECOND, SECOND};
-use super::site::{Operation, Stopping};
+use super::site::{Answer, Operation, Stopping};
 use super::world::{Event, World};
 
 /// Which requests fail.
@@ -114,6 +114,7 @@ impl World {
             Fault::StartMirror => self.order_start(),
             Fault::Failover => self.order_failover(false),
             Fault::FailoverDead => self.order_failover(true),
+            Fault::Switch => self.verb("switch", |group| group.switch().is_ok()),
             Fault::HomeErrors => self.errors(Zone::HomeWrite, 30),
             Fault::ReadErrors => {
                 self.errors(Zone::HomeRead, 100);
@@ -174,13 +175,33 @@ impl World {
             let lasts = self.random.below(3 * SECOND);
             self.cut_link(lasts);
         }
+        if self.may_both_promote(site) {
+            return self.pump(site);
+        }
         let done = self.enter(site).is_some_and(|group| group.failover().is_ok());
         self.tell(|| format!("an operator orders failover at site {site}: {done}, {report:?}"));
         if done {
             self.statistics.promotions += 1;
+            self.sites[site].forced_epoch = self.sites[site].state.epoch.0 + 1;
             self.sites[site].failover = Some((self.now, report.lost_at_most));
         }
         self.pump(site);
+    }
+
+    /// The partner may be promoting itself into the same epoch: an operator who forces a failover now makes a fork, which
+    /// is not this model's.
+    fn may_both_promote(&self, site: usize) -> bool {
+        let (ours, other) = (&self.sites[site], &self.sites[1 - site]);
+        let snapshot = other.group.as_ref().and_then(daemon::group::Group::mirror_snapshot);
+        let changing =
+            snapshot.and_then(|mirror| mirror.reason).is_some_and(|reason| reason.contains("changing"));
+        let begun = other.state.role == Role::Primary && other.state.epoch > ours.state.epoch;
+        let storing = other.pending.values().any(|pending| {
+            let persists =
+                matches!(&pending.operation, Operation::Persist(state) if state.epoch > ours.state.epoch);
+            persists || matches!(pending.answer, Answer::Unlock)
+        });
+        begun || storing || (changing && other.state.role == Role::Secondary)
     }
 
     /// The faults end; what is down starts again.

@@ -27,6 +27,8 @@ mod perform;
 mod plan;
 mod pressure;
 mod site;
+#[cfg(test)]
+mod switching;
 mod verifying;
 mod world;
 
@@ -60,6 +62,8 @@ pub struct Statistics {
     pub boots: u64,
     /// Promotions.
     pub promotions: u64,
+    /// Roles that a planned switch moved.
+    pub switches: u64,
     /// Cuts of resync passes.
     pub staged: u64,
     /// Images that were checked against the oracle.
@@ -76,6 +80,7 @@ impl Statistics {
         self.cuts += other.cuts;
         self.boots += other.boots;
         self.promotions += other.promotions;
+        self.switches += other.switches;
         self.staged += other.staged;
         self.images += other.images;
         self.verified += other.verified;

@@ -65,6 +65,7 @@ impl World {
                 self.tell(|| format!("site {site} presents its volumes"));
                 self.sites[site].presented = true;
             }
+            Effect::Unlock => self.start(site, Operation::Nothing, Answer::Unlock),
             Effect::Withdraw { reason } => {
                 self.tell(|| format!("site {site} withdraws: {reason}"));
                 self.sites[site].presented = false;
@@ -307,6 +308,13 @@ impl World {
             Answer::Inquiry { volume, step } => {
                 if let Some(group) = self.enter(site) {
                     group.inquired(volume, step, Ok(()));
+                }
+            }
+            Answer::Unlock => {
+                let locked = self.random.chance(self.errors.rate(site, Zone::State, self.now));
+                let result = if locked { Err("the key provider does not answer".to_owned()) } else { Ok(()) };
+                if let Some(group) = self.enter(site) {
+                    group.unlocked(result);
                 }
             }
             Answer::Flush { volume, step, mark } => {

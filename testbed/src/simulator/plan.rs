@@ -27,6 +27,7 @@ pub(super) enum Fault {
     StartMirror,
     Failover,
     FailoverDead,
+    Switch,
     HomeErrors,
     ReadErrors,
     HomeSyncErrors,
@@ -39,7 +40,7 @@ pub(super) enum Fault {
 }
 
 impl Fault {
-    const ALL: [Self; 23] = [
+    const ALL: &[Self] = &[
         Self::KillPrimary,
         Self::KillSecondary,
         Self::PowerPrimary,
@@ -54,6 +55,7 @@ impl Fault {
         Self::StartMirror,
         Self::Failover,
         Self::FailoverDead,
+        Self::Switch,
         Self::HomeErrors,
         Self::ReadErrors,
         Self::HomeSyncErrors,
@@ -122,6 +124,10 @@ impl Plan {
         let chosen = 1 + random.below(8);
         let mut faults: Vec<Fault> =
             (0..chosen).map(|_| Fault::ALL[random.index(Fault::ALL.len())]).collect();
+        if random.chance(250) {
+            // A switch meets every other fault only if it is ordered often enough.
+            faults.extend([Fault::Switch, Fault::Switch]);
+        }
         if random.chance(100) {
             faults.clear();
         }

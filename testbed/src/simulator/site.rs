@@ -45,6 +45,7 @@ pub(super) enum Answer {
     Write { volume: VolumeIndex, step: StepId, trimmed: bool },
     Flush { volume: VolumeIndex, step: StepId, mark: u64 },
     Inquiry { volume: VolumeIndex, step: StepId },
+    Unlock,
 }
 
 /// An unanswered request.
@@ -116,6 +117,8 @@ pub(super) struct Site {
     pub(super) start_given: u64,
     /// A forced failover waits for its fork: when it was ordered and which loss was reported.
     pub(super) failover: Option<(u64, Option<std::time::Duration>)>,
+    /// The newest epoch that a forced failover here may have begun.
+    pub(super) forced_epoch: u64,
 }
 
 impl Site {

@@ -195,7 +195,7 @@ impl World {
         }
     }
 
-    fn handle(&mut self, event: Event) {
+    pub(super) fn handle(&mut self, event: Event) {
         self.note(self.now);
         match event {
             Event::Io { site, key } => self.complete(site, key),
@@ -279,6 +279,11 @@ impl World {
         let base = self.home_hashes(site);
         if let Some((ordered_at, loss)) = self.sites[site].failover.take() {
             self.check_promotion(site, &fork, ordered_at, loss, &base);
+        } else if !self.oracle.knows_epoch(lineage.0)
+            && lineage.0 > 1
+            && self.sites[site].forced_epoch < lineage.0
+        {
+            self.check_switch(site, &fork, &base);
         }
         if !self.oracle.knows_epoch(lineage.0) {
             // What the new epoch does not contain is lost, or an orphan.

@@ -1,4 +1,7 @@
 //! Page-aligned anonymous memory: always initialised, never in a core dump, never shared with a child process.
+//!
+//! Regions of whole huge pages are aligned to them and ask for them (`MADV_HUGEPAGE`): a direct transfer of such a
+//! buffer is one segment for the device instead of one for each 4096 bytes, which virtio disks serve twice as fast.
 
 use std::io;
 use std::ptr::{self, NonNull};
@@ -8,6 +11,9 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 /// The alignment of every block and the unit in which pages return to the system.
 pub(crate) const PAGE_BYTES: usize = 4096;
+
+/// The size and alignment of a transparent huge page (x86-64, and AArch64 with 4 KiB pages).
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// A private anonymous mapping; unmapped when the last block in it is gone.
 struct Region {
@@ -34,16 +40,44 @@ unsafe impl Sync for Block {}
 
 impl Region {
     fn map(bytes: usize) -> io::Result<Self> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new private mapping at an address that the kernel chooses touches no existing memory.
-        let address = unsafe { mmap_anonymous(ptr::null_mut(), bytes, protection, MapFlags::PRIVATE) }?;
-        let address = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
-        let region = Self { address, bytes };
+        let region =
+            if bytes >= HUGE_PAGE_BYTES { Self::map_aligned(bytes)? } else { Self::map_at_any(bytes)? };
         // Buffers hold plaintext, which must not reach core dumps; and a child's copy-on-write must not part a
         // page from the transfer that the kernel does into it. Kernels that know neither advice still serve.
         region.advise(Advice::LinuxDontDump);
         region.advise(Advice::LinuxDontFork);
+        if bytes >= HUGE_PAGE_BYTES {
+            region.advise(Advice::LinuxHugepage);
+        }
         Ok(region)
+    }
+
+    fn map_at_any(bytes: usize) -> io::Result<Self> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new private mapping at an address that the kernel chooses touches no existing memory.
+        let address = unsafe { mmap_anonymous(ptr::null_mut(), bytes, protection, MapFlags::PRIVATE) }?;
+        let address = NonNull::new(address.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { address, bytes })
+    }
+
+    /// A mapping that begins at a huge page. Newer kernels align by themselves; older ones are asked for more, of
+    /// which the ends go back.
+    fn map_aligned(bytes: usize) -> io::Result<Self> {
+        let whole = Self::map_at_any(bytes.checked_add(HUGE_PAGE_BYTES).ok_or(io::ErrorKind::OutOfMemory)?)?;
+        let head = whole.address.align_offset(HUGE_PAGE_BYTES);
+        assert!(head < HUGE_PAGE_BYTES, "bytes can be aligned to any power of two");
+        let (address, whole_bytes) = (whole.address, whole.bytes);
+        std::mem::forget(whole);
+        // SAFETY: `head + bytes <= whole_bytes`, so all three pieces lie within the new mapping, whose owner was
+        // forgotten; each piece gets exactly one owner, and those of the ends unmap them at once.
+        unsafe {
+            let piece = |offset: usize, bytes: usize| Self { address: address.add(offset), bytes };
+            if head > 0 {
+                drop(piece(0, head));
+            }
+            drop(piece(head + bytes, whole_bytes - head - bytes));
+            Ok(piece(head, bytes))
+        }
     }
 
     fn advise(&self, advice: Advice) {
@@ -79,6 +113,16 @@ impl Block {
     /// Size in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Where its region begins: blocks of one region have the same.
+    pub(crate) fn region(&self) -> usize {
+        self.region.address.addr().get()
+    }
+
+    /// How many blocks of this size its region was cut into.
+    pub(crate) fn siblings(&self) -> usize {
+        self.region.bytes / self.bytes
     }
 
     /// The first `length` bytes; at most all of them.
