@@ -415,8 +415,7 @@ impl Primary {
         report.add(volume, range);
         if first {
             let text = format!(
-                "verify: the partner's image differs from this side's at byte {} of volume {}; nothing is overwritten \
-                 without --repair-from",
+                "verify: the partner's image differs from this side's, first seen at byte {} of volume {}",
                 range.offset(),
                 volume.0
             );
@@ -540,5 +539,88 @@ fn mark(into: &mut DirtyMap, map: &DirtyMap, range: ByteRange) {
         if let Some(run) = ByteRange::of_blocks(first, count) {
             into.set(run);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn job() -> Job {
+        Job {
+            repair_from: None,
+            cursor: (0, 0),
+            again: VecDeque::new(),
+            asked: BTreeMap::new(),
+            repairs: Repairs::default(),
+            wakes_at: None,
+            passes: false,
+        }
+    }
+
+    fn blocks(first: u64, count: u64) -> ByteRange {
+        ByteRange::of_blocks(Lba(first), BlockCount(count)).unwrap()
+    }
+
+    #[test]
+    fn the_pieces_are_all_blocks_of_all_volumes_once() {
+        let sizes = [5, 64, 130].map(|count| BlockCount(count).bytes());
+        let mut job = job();
+        let mut seen = vec![DirtyMap::default(); sizes.len()];
+        while let Some(piece) = job.peek(&sizes, Monotonic(1)) {
+            job.take(&sizes, Monotonic(1));
+            assert!((1..=VERIFY_BLOCKS_MAX).contains(&piece.range.block_count().0));
+            let map = &mut seen[usize::from(piece.volume.0)];
+            let before = map.count().0;
+            map.set(piece.range);
+            assert_eq!(map.count().0, before + piece.range.block_count().0, "no block twice");
+        }
+        assert!(job.has_compared(sizes.len()));
+        assert!(seen.iter().zip(sizes).all(|(map, size)| map.count().bytes() == size));
+    }
+
+    #[test]
+    fn a_piece_that_is_due_comes_before_new_ones_and_many_of_them_hold_new_ones_back() {
+        let sizes = [BlockCount(100).bytes()];
+        let mut job = job();
+        let later = Piece {
+            volume: VolumeIndex(0),
+            range: blocks(9, 1),
+            tries: 1,
+            differed: false,
+            due: Monotonic(50),
+        };
+        job.again.push_back(later);
+        assert_eq!(job.peek(&sizes, Monotonic(49)).unwrap().range, blocks(0, 64));
+        assert_eq!(job.peek(&sizes, Monotonic(50)).unwrap().range, blocks(9, 1));
+        job.take(&sizes, Monotonic(50));
+        assert!(job.again.is_empty() && job.cursor == (0, 0));
+        job.again.extend(std::iter::repeat_n(later, AGAIN_MAX));
+        assert!(job.peek(&sizes, Monotonic(49)).is_none());
+    }
+
+    #[test]
+    fn the_first_write_of_a_block_counts_and_only_that_of_its_own_range() {
+        let piece = Piece {
+            volume: VolumeIndex(1),
+            range: blocks(4, 4),
+            tries: 0,
+            differed: false,
+            due: Monotonic(0),
+        };
+        let mut asked = Asked {
+            piece,
+            step: None,
+            at: Sequence(10),
+            ours: Vec::new(),
+            written: BTreeMap::new(),
+            void: false,
+        };
+        asked.wrote(VolumeIndex(0), blocks(4, 4), Sequence(11));
+        asked.wrote(VolumeIndex(1), blocks(0, 4), Sequence(12));
+        asked.wrote(VolumeIndex(1), blocks(3, 2), Sequence(13));
+        asked.wrote(VolumeIndex(1), blocks(4, 1), Sequence(14));
+        asked.wrote(VolumeIndex(1), blocks(7, 90), Sequence(15));
+        assert_eq!(asked.written, BTreeMap::from([(Lba(4), Sequence(13)), (Lba(7), Sequence(15))]));
     }
 }

@@ -17,6 +17,7 @@ mod mirrors;
 mod operations;
 mod partners;
 mod policy;
+mod room;
 mod switch;
 mod verify;
 mod views;

@@ -42,13 +42,14 @@ pub(super) struct Owed {
 }
 
 impl Owed {
-    /// An item goes. False if it goes before the ones before it are paid for, but for a burst.
-    fn spend(&mut self, rate: NonZeroU64, now: u64, bytes: u64) -> bool {
+    /// An item goes. False if it goes before the ones before it are paid for, but for a burst and for `late` bytes that
+    /// were paid for and had to wait.
+    fn spend(&mut self, rate: NonZeroU64, now: u64, bytes: u64, late: u64) -> bool {
         let passed = u128::from(now - self.at.min(now)) * u128::from(rate.get()) / u128::from(SECOND);
         let owed = self.bytes.saturating_sub(u64::try_from(passed).unwrap_or(u64::MAX));
         *self = Self { bytes: owed + bytes, at: now };
         // 20 ms, a token, and the rounding of both.
-        owed <= rate.get() / 50 + 4 * 4096
+        owed <= rate.get() / 50 + 4 * 4096 + late
     }
 }
 
@@ -58,8 +59,10 @@ impl World {
         let policy = self.sites[site].policy;
         let rate = if copy { policy.resync_rate } else { policy.bandwidth };
         let now = self.now;
+        // Copies are paid for before they have their locks: 16 of them and 4 of a verify, 64 blocks each.
+        let late = if copy { 20 * 64 * 4096 } else { 0 };
         if let Some(rate) = rate
-            && !self.sites[site].owed[usize::from(copy)].spend(rate, now, bytes)
+            && !self.sites[site].owed[usize::from(copy)].spend(rate, now, bytes, late)
         {
             let what = if copy { "copies" } else { "sends" };
             self.fail(format!("site {site} {what} more than {rate} bytes a second"));

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use daemon::group::{Side, VerifyProgress};
+use daemon::group::{Overload, Side, VerifyProgress};
 use protocol::Role;
 
 use super::plan::SECOND;
@@ -128,6 +128,10 @@ impl World {
             self.planted.blocks.difference(&found).find(|block| !self.planted.written.contains(block));
         if let Some(block) = missed {
             self.fail(format!("block {block} was corrupted and the verify has not found it: {sentence}"));
+        } else if !clean && self.sites[site].policy.overload == Overload::Stop {
+            // Repairs are writes: they were refused with the hosts'.
+            self.planted.ordered = false;
+            return;
         } else if !clean {
             self.fail(format!("a verify has not repaired what it found: {sentence}"));
         }

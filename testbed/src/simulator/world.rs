@@ -276,6 +276,8 @@ impl World {
             return;
         }
         self.sites[site].lineage = Some(lineage);
+        // A new primary has full buckets.
+        self.sites[site].owed = Default::default();
         let base = self.home_hashes(site);
         if let Some((ordered_at, loss)) = self.sites[site].failover.take() {
             self.check_promotion(site, &fork, ordered_at, loss, &base);
