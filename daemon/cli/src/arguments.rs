@@ -231,6 +231,14 @@ pub(crate) enum MirrorCommand {
         /// The mirror's name.
         name: VolumeName,
     },
+    /// What this old primary wrote and the new one never had.
+    Orphans {
+        /// The mirror's name.
+        name: VolumeName,
+        /// Also write it, decrypted, into this new directory of the daemon's machine.
+        #[arg(long, value_name = "DIR")]
+        export: Option<PathBuf>,
+    },
     /// Make this secondary primary; what it has not received is lost.
     Failover {
         /// The mirror's name.

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
     CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify,
-    PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
+    OrphansRequest, PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -146,6 +146,10 @@ impl Session {
                 self.ask(&Call::mirror_start(&name, start), views::mirror).await
             }
             MirrorCommand::Switch { name } => self.ask(&Call::mirror_switch(&name), views::mirror).await,
+            MirrorCommand::Orphans { name, export } => {
+                let request = OrphansRequest { export: export.map(|path| absolute(&path)).transpose()? };
+                self.ask(&Call::mirror_orphans(&name, &request), views::orphans).await
+            }
             MirrorCommand::Failover { name, accept_loss } => self.failover(&name, accept_loss).await,
             MirrorCommand::Wait { name, goal, timeout } => {
                 let view = wait(&self.client, &name, goal, timeout).await?;
@@ -210,6 +214,13 @@ fn mirror_set(arguments: &MirrorSetArguments) -> MirrorSet {
         bandwidth: arguments.bandwidth,
         resync_rate: arguments.resync_rate,
     }
+}
+
+/// The path as the daemon can use it, whose working directory is another.
+fn absolute(path: &Path) -> anyhow::Result<String> {
+    let shown = path.display();
+    let absolute = std::path::absolute(path).with_context(|| format!("'{shown}' is no directory"))?;
+    absolute.into_os_string().into_string().map_err(|_| anyhow::anyhow!("'{shown}' is not UTF-8 text"))
 }
 
 /// The certificate file's text, if it can be one.

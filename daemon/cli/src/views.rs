@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    FailoverResult, HostAccess, HostWrites, MirrorView, PartnerView, StatusView, VerifyView, VolumeAccess,
-    VolumeView,
+    FailoverResult, HostAccess, HostWrites, MirrorView, OrphansView, PartnerView, StatusView, VerifyView,
+    VolumeAccess, VolumeView,
 };
 
 use crate::table::Table;
@@ -166,6 +166,29 @@ pub(crate) fn mirrors(views: &[MirrorView]) -> String {
         ]);
     }
     table.text()
+}
+
+/// Orphaned writes, an extent a line.
+pub(crate) fn orphans(view: &OrphansView) -> String {
+    let mut table = Table::new(&["VOLUME", "OFFSET", "LENGTH", "WRITTEN", "CERTAIN"]);
+    for extent in &view.extents {
+        table.row(vec![
+            extent.volume.to_string(),
+            extent.offset_bytes.to_string(),
+            extent.length_bytes.to_string(),
+            extent.written.map_or_else(|| "-".to_owned(), |written| written.to_string()),
+            yes(extent.exact),
+        ]);
+    }
+    let mut text = table.text();
+    text.push_str(&format!(
+        "{} bytes that the new primary never had, {} more that it may have had and has overwritten since\n",
+        view.exact_bytes, view.possible_bytes
+    ));
+    if let Some(folder) = &view.exported {
+        text.push_str(&format!("exported to {folder}, decrypted\n"));
+    }
+    text
 }
 
 /// What a failover cost, as a sentence.

@@ -9,8 +9,8 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify,
-    MirrorView, PartnerAdd, PartnerView, Problem, StatusView, VolumeAccessChange, VolumeAccessView,
-    VolumeCreate, VolumeResize, VolumeView,
+    MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, StatusView,
+    VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// The HTTP methods of the API.
@@ -211,6 +211,13 @@ impl Call<FailoverResult> {
     /// Makes the secondary primary, at the cost of what is not there.
     pub fn mirror_failover(name: &VolumeName, failover: FailoverRequest) -> Self {
         Self::post(format!("/v1/mirrors/{name}/failover"), &failover)
+    }
+}
+
+impl Call<OrphansView> {
+    /// Which writes of an old primary the new one never had.
+    pub fn mirror_orphans(name: &VolumeName, orphans: &OrphansRequest) -> Self {
+        Self::post(format!("/v1/mirrors/{name}/orphans"), orphans)
     }
 }
 

@@ -25,7 +25,8 @@ pub use access::{
 pub use call::{Call, CallError, Method};
 pub use mirror::{
     FailoverRequest, FailoverResult, JournalTier, MirrorCreate, MirrorMemory, MirrorMode, MirrorStart,
-    MirrorState, MirrorView, Overload, RecoveryPoint, ResyncView, Role, Side, UnknownState,
+    MirrorState, MirrorView, OrphanView, OrphansRequest, OrphansView, Overload, RecoveryPoint, ResyncView,
+    Role, Side, UnknownState,
 };
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
 pub use policy::{HostWrites, MirrorSet, PressureView, Rate, RateError};

@@ -212,6 +212,43 @@ pub struct FailoverResult {
     pub seconds_lost_bound: bool,
 }
 
+/// Body of `POST /v1/mirrors/NAME/orphans`, sent to the old primary.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OrphansRequest {
+    /// Write what was found, decrypted, into this new or empty directory of the daemon's machine: an absolute path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
+}
+
+/// A run of blocks that the old primary wrote and the new one's image lacks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrphanView {
+    /// The volume.
+    pub volume: VolumeName,
+    /// Where it begins, in bytes; a multiple of 4096.
+    pub offset_bytes: u64,
+    /// Its length; a multiple of 4096.
+    pub length_bytes: u64,
+    /// When its host was told of it, or a few milliseconds before; null after a restart of the old primary.
+    pub written: Option<Timestamp>,
+    /// False if the new primary has overwritten it since, and it may have been equal before.
+    pub exact: bool,
+}
+
+/// What the old primary wrote and the new one never had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrphansView {
+    /// By volume and offset.
+    pub extents: Vec<OrphanView>,
+    /// Bytes of those that are exact.
+    pub exact_bytes: u64,
+    /// Bytes of the others.
+    pub possible_bytes: u64,
+    /// Where they were exported to.
+    pub exported: Option<String>,
+}
+
 /// A point in the write order at which the target is crash-consistent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecoveryPoint {

@@ -5,8 +5,8 @@ use std::future::Future;
 use block::VolumeName;
 use control::{
     CertificateView, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView,
-    PartnerAdd, PartnerView, Problem, ProblemKind, StatusView, VolumeAccessChange, VolumeAccessView,
-    VolumeCreate, VolumeResize, VolumeView,
+    OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, ProblemKind, StatusView,
+    VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -103,6 +103,12 @@ pub trait Operations: Send + Sync + 'static {
     fn mirror_failover(&self, name: VolumeName) -> impl Future<Output = Outcome<FailoverResult>> + Send;
     /// Gives this side's role to the partner; nothing is lost.
     fn mirror_switch(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Which writes of this old primary the new one never had; exports them if that is asked for.
+    fn mirror_orphans(
+        &self,
+        name: VolumeName,
+        orphans: OrphansRequest,
+    ) -> impl Future<Output = Outcome<OrphansView>> + Send;
     /// Deletes a mirror; its volumes stay.
     fn mirror_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
     /// The site as a whole.

@@ -31,6 +31,7 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/mirrors/{name}/stop", post(mirror_stop::<O>))
         .route("/v1/mirrors/{name}/start", post(mirror_start::<O>))
         .route("/v1/mirrors/{name}/switch", post(mirror_switch::<O>))
+        .route("/v1/mirrors/{name}/orphans", post(mirror_orphans::<O>))
         .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
         .route("/v1/status", get(status::<O>))
         .fallback(no_route)
@@ -77,6 +78,7 @@ macro_rules! handlers {
     (@type Body mirror_set) => { Body<control::MirrorSet> };
     (@type Body mirror_verify) => { Body<control::MirrorVerify> };
     (@type Body mirror_start) => { Body<control::MirrorStart> };
+    (@type Body mirror_orphans) => { Body<control::OrphansRequest> };
 }
 
 handlers! {
@@ -99,6 +101,7 @@ handlers! {
     mirror_stop(Name name) -> OK;
     mirror_start(Name name, Body start) -> OK;
     mirror_switch(Name name) -> OK;
+    mirror_orphans(Name name, Body orphans) -> OK;
     mirror_delete(Name name) -> NO_CONTENT;
     status() -> OK;
 }

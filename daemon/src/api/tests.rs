@@ -224,6 +224,20 @@ impl Operations for Fake {
         Ok(mirror(name))
     }
 
+    async fn mirror_orphans(
+        &self,
+        name: VolumeName,
+        orphans: control::OrphansRequest,
+    ) -> Result<control::OrphansView, OperationError> {
+        self.note(format!("mirror orphans {:?}", orphans.export), Some(&name))?;
+        Ok(control::OrphansView {
+            extents: vec![],
+            exact_bytes: 0,
+            possible_bytes: 0,
+            exported: orphans.export,
+        })
+    }
+
     async fn mirror_delete(&self, name: VolumeName) -> Result<(), OperationError> {
         self.note("mirror delete", Some(&name))
     }
@@ -362,6 +376,8 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     let start = MirrorStart { primary: Some(Side::Local) };
     api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
     assert_eq!(api.send(Call::mirror_switch(&name("m"))).await.unwrap(), mirror(name("m")));
+    let orphans = control::OrphansRequest { export: Some("/x".to_owned()) };
+    assert_eq!(api.send(Call::mirror_orphans(&name("m"), &orphans)).await.unwrap().exported, orphans.export);
     let failover = FailoverRequest { accept_loss: true };
     assert!(api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap().seconds_lost_bound);
     api.send(Call::mirror_delete(&name("m"))).await.unwrap();
@@ -370,7 +386,7 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
                     volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
                     mirror set Some(Pace) m, mirror verify Some(Local) m, mirror stop m, mirror start Some(Local) m, \
-                    mirror switch m, mirror failover m, mirror delete m, status";
+                    mirror switch m, mirror orphans Some(\"/x\") m, mirror failover m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);
 }
 

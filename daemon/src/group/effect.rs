@@ -284,6 +284,10 @@ pub(super) enum Purpose {
     SwitchFlush { volume: VolumeIndex },
     /// The checkpoint that names the tip at which the role is given up.
     SwitchMark,
+    /// A range of a fenced side's home, read to find orphans.
+    OrphanHome { id: u64 },
+    /// The same range of the new primary's home.
+    OrphanRead { session: SessionId, id: u64, volume: VolumeIndex, range: ByteRange },
 }
 
 /// Effects in order, and the purpose of every unanswered request.

@@ -154,6 +154,8 @@ impl Primary {
             | Message::HashRequest(_)
             | Message::VerifyRequest(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }
@@ -478,6 +480,7 @@ impl Primary {
             for volume in &mut self.volumes {
                 volume.next = DirtyMap::default();
                 volume.tracker.verified_all(sequence);
+                volume.own = None;
             }
             self.orphaned = ByteCount(0);
         }

@@ -9,6 +9,7 @@
 mod apply;
 mod effect;
 mod link;
+mod orphans;
 mod overload;
 mod primary;
 mod rate;
@@ -36,6 +37,7 @@ use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, R
 
 pub use control::{Overload, Side};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
+pub use orphans::{OrphanExtent, OrphanProgress};
 pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
 pub use switch::SwitchProgress;
 pub use verify::{VerifyProgress, VerifyReport};
@@ -44,6 +46,7 @@ pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 use apply::ApplyItem;
 use effect::{Outbox, Purpose};
 use link::LinkNews;
+use orphans::Orphans;
 use overload::Watch;
 use primary::Primary;
 use roles::{StateChange, Transition};
@@ -169,6 +172,7 @@ struct Mirror {
     grace_until: Option<Monotonic>,
     planned: PlannedSwitch,
     watch: Watch,
+    orphans: Orphans,
 }
 
 struct VolumeSlot {
@@ -272,6 +276,7 @@ impl Group {
             grace_until: grace_until.filter(|_| primary),
             planned: PlannedSwitch::default(),
             watch: Watch::default(),
+            orphans: Orphans::default(),
             settings,
             state,
         };
@@ -617,6 +622,7 @@ impl Group {
         self.transition_turn();
         self.switch_turn();
         self.watch();
+        self.orphans_turn();
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
@@ -744,7 +750,7 @@ impl Group {
     /// A control frame of an open session.
     pub fn message(&mut self, session: SessionId, message: Message) {
         let now = self.now;
-        if self.switch_message(session, &message) {
+        if self.switch_message(session, &message) || self.orphan_message(session, &message) {
             return;
         }
         let Some(mirror) = &mut self.mirror else { return };
@@ -829,6 +835,10 @@ impl Group {
             Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => self.primary_io(purpose, result),
             Purpose::SwitchFlush { volume } => self.switch_flushed(volume, result.map(|_| ())),
             Purpose::SwitchMark => self.switch_marked(result.map(|_| ())),
+            Purpose::OrphanHome { id } => self.orphan_home(id, result),
+            Purpose::OrphanRead { session, id, volume, range } => {
+                self.orphan_read(session, id, volume, range, &result);
+            }
             Purpose::HashRead { .. }
             | Purpose::VerifyHash { .. }
             | Purpose::InitialApply
@@ -902,7 +912,9 @@ impl Group {
             | Purpose::PersistState
             | Purpose::Transition
             | Purpose::SwitchFlush { .. }
-            | Purpose::SwitchMark => secondary.batch_done(ok, &mut self.out),
+            | Purpose::SwitchMark
+            | Purpose::OrphanHome { .. }
+            | Purpose::OrphanRead { .. } => secondary.batch_done(ok, &mut self.out),
         }
     }
 

@@ -93,6 +93,9 @@ pub(super) struct PrimaryVolume {
     pub(super) next: DirtyMap,
     /// Blocks that could not be read: the target keeps its old content of them. The next pass tries again.
     pub(super) bad: DirtyMap,
+    /// Blocks that hosts wrote since this side was promoted, until the partner has taken its first commit. `None` if they
+    /// are not known.
+    pub(super) own: Option<DirtyMap>,
     /// A flush failed: another one may show other content again, so no intent bit clears before a restart.
     pub(super) poisoned: bool,
 }
@@ -197,6 +200,7 @@ impl Primary {
                 current,
                 next: DirtyMap::default(),
                 bad: DirtyMap::default(),
+                own: None,
                 poisoned: false,
             });
         }
@@ -343,6 +347,9 @@ impl Primary {
         self.verify.wrote(write.volume, write.range, sequence);
         let volume = self.volume(write.volume);
         volume.tracker.began(write.range, sequence);
+        if let Some(own) = &mut volume.own {
+            own.set(write.range);
+        }
         volume.bad.clear(write.range);
         let kind = match write.content {
             Content::Sealed => RecordKind::Write,

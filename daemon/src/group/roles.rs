@@ -3,8 +3,9 @@
 //! A change of the group's state is on stable media before it is acted on. Hosts are withdrawn *before* a fence is
 //! made durable and presented *after* a promotion is: in between nobody writes.
 
-use block::{ByteRange, HostError, Monotonic, Position, Tip, VolumeIndex};
+use block::{ByteRange, Epoch, HostError, Monotonic, Position, Tip, VolumeIndex};
 use engine::StepId;
+use engine::dirty_map::DirtyMap;
 use engine::intent_map::IntentMap;
 use engine::volume::Volume;
 use journal::{Checkpoint, RedoLog};
@@ -43,6 +44,24 @@ pub(super) enum StateChange {
     Stopped(bool),
     /// An operator allowed the partner's blocks to be overwritten.
     Approve,
+}
+
+impl StateChange {
+    /// Where the lineage that this change brings left that of `epoch`.
+    pub(super) fn fork_above(&self, epoch: Epoch) -> Option<Position> {
+        match self {
+            Self::Adopt(state) => state.forks.iter().find(|fork| fork.epoch > epoch).map(|fork| fork.at),
+            Self::Fence(refuse) if refuse.epoch == epoch.next() => Some(refuse.fork),
+            Self::Fence(_)
+            | Self::Incarnation
+            | Self::NewIncarnation
+            | Self::Complete
+            | Self::Promote(_)
+            | Self::Relinquish(_)
+            | Self::Stopped(_)
+            | Self::Approve => None,
+        }
+    }
 }
 
 /// A role change under way.
@@ -300,6 +319,9 @@ impl Group {
         let Some(mirror) = &mut self.mirror else { return };
         mirror.grace_until = None;
         mirror.planned.overtaken();
+        if let Machine::Primary(primary) = &mirror.machine {
+            mirror.orphans.remember(primary, &change, self.now, self.stamp);
+        }
         mirror.changes.push_back(change);
         let opening = Machine::Changing(Box::new(Transition::Opening));
         match std::mem::replace(&mut mirror.machine, opening) {
@@ -526,6 +548,7 @@ impl Group {
         let clean = CleanState::default();
         let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, Some(clean), now);
         primary.admission_open = true;
+        primary.volumes.iter_mut().for_each(|volume| volume.own = Some(DirtyMap::default()));
         let Secondary { log, checkpoint, .. } = *secondary;
         mirror.redo = Some((log, checkpoint));
         mirror.machine = Machine::Primary(Box::new(primary));
@@ -741,6 +764,7 @@ pub(super) fn forget_primary(out: &mut Outbox) {
         | Purpose::CompareRead { .. }
         | Purpose::VerifyRead { .. }
         | Purpose::ClearFlush { .. }
+        | Purpose::OrphanRead { .. }
         | Purpose::SwitchFlush { .. } => true,
         Purpose::Intent { .. }
         | Purpose::HashRead { .. }
@@ -755,6 +779,7 @@ pub(super) fn forget_primary(out: &mut Outbox) {
         | Purpose::Checkpoint
         | Purpose::PersistState
         | Purpose::Transition
+        | Purpose::OrphanHome { .. }
         | Purpose::SwitchMark => false,
     });
 }

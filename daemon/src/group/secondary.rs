@@ -257,6 +257,8 @@ impl Secondary {
             | Message::PassRefused { .. }
             | Message::HashReply(_)
             | Message::VerifyReply(_)
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }

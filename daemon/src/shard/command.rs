@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::tls::TlsSession;
 use crate::group::{
     CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings, MirrorSnapshot,
-    OpenedMirror, SwitchProgress, VerbRefused, VerifyReport, VolumeSnapshot,
+    OpenedMirror, OrphanProgress, SwitchProgress, VerbRefused, VerifyReport, VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -108,6 +108,8 @@ pub enum Verb {
     Switch,
     /// Do from now on what an operator wants of the mirror.
     Policy(MirrorPolicy),
+    /// Find the writes that the new primary never had.
+    Orphans,
 }
 
 /// A group as operators see it.
@@ -246,6 +248,13 @@ pub enum ShardCommand {
         key: GroupKey,
         /// The answer; dropped if the group is unknown.
         done: oneshot::Sender<GroupSnapshot>,
+    },
+    /// What did the search for orphans find?
+    OrphanProgress {
+        /// Which group.
+        key: GroupKey,
+        /// The answer; dropped if the group is unknown.
+        done: oneshot::Sender<OrphanProgress>,
     },
     /// Stop serving hosts; answered when everything in flight ended, with each primary's clean state.
     Drain {

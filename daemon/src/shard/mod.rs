@@ -386,6 +386,9 @@ impl Shard {
             }
             ShardCommand::Verb { key, verb, done } => self.verb(key, verb, done),
             ShardCommand::Snapshot { key, done } => self.snapshot(key, done),
+            ShardCommand::OrphanProgress { key, done } => self.with_group(key, |served, _| {
+                let _ = done.send(served.group.orphan_progress());
+            }),
             ShardCommand::Drain { done } => self.drain(done),
             ShardCommand::Stop => self.stopping = true,
         }
@@ -462,6 +465,7 @@ impl Shard {
                 Verb::Verify { repair_from } => served.group.verify(repair_from).map(|()| None),
                 Verb::Switch => served.group.switch().map(|()| None),
                 Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
+                Verb::Orphans => served.group.search_orphans().map(|()| None),
             };
             let _ = done.send(result);
         });

@@ -15,6 +15,7 @@ mod greetings;
 mod hosts;
 mod mirrors;
 mod operations;
+mod orphans;
 mod partners;
 mod policy;
 mod room;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use block::VolumeName;
 use control::{
     CertificateView, Counts, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView,
-    PartnerAdd, PartnerView, ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccessChange,
-    VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
+    OrphansRequest, OrphansView, PartnerAdd, PartnerView, ProblemKind, RecoveryPoint, Side, StatusView,
+    Timestamp, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -287,6 +287,11 @@ impl Operations for Operator {
         let (mirror, key) = self.known_mirror(&name)?;
         self.switch_group(&mirror, key).await?;
         self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_orphans(&self, name: VolumeName, orphans: OrphansRequest) -> Outcome<OrphansView> {
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.find_orphans(&mirror, key, orphans).await
     }
 
     async fn mirror_delete(&self, name: VolumeName) -> Outcome<()> {

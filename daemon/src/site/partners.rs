@@ -182,6 +182,8 @@ impl Site {
             | Message::VerifyRequest(_)
             | Message::VerifyReply(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }

@@ -20,7 +20,7 @@ pub use codec::CodecError;
 pub use lineage::{Fork, GroupState, HelloVerdict, Refusal, RefusalCode, ResumePlan, Role};
 pub use message::{
     Ack, CompareRange, CreateMirror, HashReply, HashRequest, Hello, MESSAGE_BYTES_MAX, Message, MirrorVolume,
-    PROTOCOL_VERSION, Refuse, Welcome,
+    OrphanReply, PROTOCOL_VERSION, Refuse, Welcome,
 };
 pub use receiver::{Arrival, ArrivalError, ReceiverChain};
 pub use rpo::RpoTracker;

@@ -143,6 +143,16 @@ pub struct HashReply {
     pub hashes: Vec<[u8; 32]>,
 }
 
+/// What the new primary's home holds now, for a fenced side that asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OrphanReply {
+    /// The request's.
+    pub id: u64,
+    /// In block order: a BLAKE3 hash, and true if hosts may have written the block since the epoch began; empty if the
+    /// range could not be read.
+    pub blocks: Vec<([u8; 32], bool)>,
+}
+
 /// Asks the partner to hold the secondary of a new mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CreateMirror {
@@ -198,6 +208,10 @@ pub enum Message {
     VerifyRequest(VerifyRequest),
     /// Target to primary.
     VerifyReply(VerifyReply),
+    /// Fenced side to new primary: what does your home hold here? At most 1 MiB.
+    OrphanRequest(HashRequest),
+    /// New primary to fenced side.
+    OrphanReply(OrphanReply),
     /// Primary to target: can you take the role over?
     SwitchAsk,
     /// Target to primary: the answer.
@@ -253,6 +267,8 @@ const ORPHANS: u8 = 9;
 const SWITCH_ASK: u8 = 10;
 const SWITCH_READY: u8 = 11;
 const RELINQUISH: u8 = 12;
+const ORPHAN_REQUEST: u8 = 13;
+const ORPHAN_REPLY: u8 = 14;
 const CREATE_MIRROR: u8 = 16;
 const CREATED: u8 = 17;
 const DELETE_MIRROR: u8 = 18;
@@ -285,11 +301,7 @@ impl Message {
                 out.u64(*pass);
                 out.u64(missing.0);
             }
-            Self::HashRequest(request) => {
-                out.u8(HASH_REQUEST);
-                out.u64(request.id);
-                range(&mut out, request.volume, request.range);
-            }
+            Self::HashRequest(request) => encode_request(&mut out, HASH_REQUEST, request),
             Self::HashReply(reply) => encode_hash_reply(&mut out, reply),
             Self::Orphans { bytes, waiting } => {
                 out.u8(ORPHANS);
@@ -304,6 +316,8 @@ impl Message {
                 out.u8(VERIFY_REPLY);
                 verify::encode_reply(&mut out, reply);
             }
+            Self::OrphanRequest(request) => encode_request(&mut out, ORPHAN_REQUEST, request),
+            Self::OrphanReply(reply) => encode_orphan_reply(&mut out, reply),
             Self::SwitchAsk => out.u8(SWITCH_ASK),
             Self::SwitchReady { trouble } => {
                 out.u8(SWITCH_READY);
@@ -359,10 +373,14 @@ impl Message {
             }),
             ABORT_PASS => Self::AbortPass { pass: input.u64()? },
             PASS_REFUSED => Self::PassRefused { pass: input.u64()?, missing: ByteCount(input.u64()?) },
-            HASH_REQUEST => {
+            HASH_REQUEST => Self::HashRequest(hash_request(&mut input)?),
+            ORPHAN_REQUEST => Self::OrphanRequest(hash_request(&mut input)?),
+            ORPHAN_REPLY => {
                 let id = input.u64()?;
-                let CompareRange { volume, range } = compare_range(&mut input)?;
-                Self::HashRequest(HashRequest { id, volume, range })
+                let count = input.count("blocks", HASHES_MAX)?;
+                let mut block = || Ok((input.array::<HASH_BYTES>()?, input.bool("changed")?));
+                let blocks = (0..count).map(|_| block()).collect::<Result<_, CodecError>>()?;
+                Self::OrphanReply(OrphanReply { id, blocks })
             }
             HASH_REPLY => {
                 let id = input.u64()?;
@@ -400,6 +418,12 @@ fn range(out: &mut Writer, volume: VolumeIndex, range: ByteRange) {
     out.u16(volume.0);
     out.u64(range.offset());
     out.u64(range.length());
+}
+
+fn hash_request(input: &mut Reader<'_>) -> Result<HashRequest, CodecError> {
+    let id = input.u64()?;
+    let CompareRange { volume, range } = compare_range(input)?;
+    Ok(HashRequest { id, volume, range })
 }
 
 fn compare_range(input: &mut Reader<'_>) -> Result<CompareRange, CodecError> {
@@ -492,6 +516,23 @@ fn encode_ack(out: &mut Writer, ack: &Ack) {
     out.bool(ack.staged);
     out.u64(ack.applied.0);
     out.u64(ack.clock.0);
+}
+
+/// A request about the blocks of a range.
+fn encode_request(out: &mut Writer, kind: u8, request: &HashRequest) {
+    out.u8(kind);
+    out.u64(request.id);
+    range(out, request.volume, request.range);
+}
+
+fn encode_orphan_reply(out: &mut Writer, reply: &OrphanReply) {
+    out.u8(ORPHAN_REPLY);
+    out.u64(reply.id);
+    out.count(reply.blocks.len());
+    for (hash, changed) in &reply.blocks {
+        out.raw(hash);
+        out.bool(*changed);
+    }
 }
 
 fn encode_hash_reply(out: &mut Writer, reply: &HashReply) {
@@ -642,6 +683,8 @@ mod tests {
             Message::HashRequest(HashRequest { id: 1, volume: VolumeIndex(3), range }),
             Message::HashReply(HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
             Message::Orphans { bytes: ByteCount(8192), waiting: true },
+            Message::OrphanRequest(HashRequest { id: 2, volume: VolumeIndex(1), range }),
+            Message::OrphanReply(OrphanReply { id: 2, blocks: vec![([1; 32], true), ([2; 32], false)] }),
             Message::SwitchAsk,
             Message::SwitchReady { trouble: "locked".into() },
             Message::Relinquish { tip },

@@ -65,6 +65,12 @@ impl RpoTracker {
         }
     }
 
+    /// A time at or before which the host was told of the write with `sequence`, close to it, while it is not committed.
+    pub fn acknowledged_at(&self, sequence: Sequence) -> Option<Monotonic> {
+        let index = self.buckets.partition_point(|bucket| bucket.last < sequence);
+        self.buckets.get(index).filter(|bucket| bucket.first <= sequence)?.oldest_ack
+    }
+
     /// Notes that the target durably committed everything up to `through`.
     pub fn committed(&mut self, through: Sequence) {
         self.inherited = None;

@@ -55,6 +55,7 @@ impl World {
             heard_epoch: 0,
             start_given: 0,
             failover: None,
+            searching: false,
             forced_epoch: 0,
         }
     }
@@ -223,6 +224,7 @@ impl World {
         known.stopping = Stopping::No;
         known.timer_at = None;
         known.failover = None;
+        known.searching = false;
         let process = known.process;
         let mine: Vec<(u64, usize)> = self
             .network

@@ -137,6 +137,8 @@ impl World {
             | Message::VerifyRequest(_)
             | Message::VerifyReply(_)
             | Message::Orphans { .. }
+            | Message::OrphanRequest(_)
+            | Message::OrphanReply(_)
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::CreateMirror(_)
@@ -251,6 +253,7 @@ impl World {
             self.check_rpo(site);
             self.check_alert(site);
             self.check_verify(site);
+            self.check_orphans(site);
         }
         match self.random.below(200) {
             0 => self.check_coverage(true),

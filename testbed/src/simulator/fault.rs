@@ -115,6 +115,7 @@ impl World {
             Fault::Failover => self.order_failover(false),
             Fault::FailoverDead => self.order_failover(true),
             Fault::Switch => self.verb("switch", |group| group.switch().is_ok()),
+            Fault::Orphans => self.order_orphans(),
             Fault::HomeErrors => self.errors(Zone::HomeWrite, 30),
             Fault::ReadErrors => {
                 self.errors(Zone::HomeRead, 100);
@@ -160,6 +161,15 @@ impl World {
         }
         let local = self.random.chance(200);
         self.verb("start", |group| group.start(local).is_ok());
+    }
+
+    /// At a fenced side: which of its writes did the new primary never have?
+    fn order_orphans(&mut self) {
+        for site in 0..2 {
+            let ordered = self.enter(site).is_some_and(|group| group.search_orphans().is_ok());
+            self.sites[site].searching |= ordered;
+            self.pump(site);
+        }
     }
 
     fn order_failover(&mut self, primary_dies: bool) {
@@ -242,6 +252,9 @@ impl World {
             }
             let snapshot = self.sites[site].group.as_ref().and_then(daemon::group::Group::mirror_snapshot);
             let asks = snapshot.is_some_and(|mirror| mirror.role == Role::Primary && mirror.needs_start);
+            if asks && self.random.chance(200) {
+                self.order_orphans();
+            }
             if asks && self.site_in(Role::Primary) == Some(site) && self.random.chance(100) {
                 self.order_start();
             }

@@ -23,6 +23,7 @@ mod fault;
 mod host;
 mod network;
 mod oracle;
+mod orphans;
 mod perform;
 mod plan;
 mod pressure;
@@ -64,6 +65,8 @@ pub struct Statistics {
     pub promotions: u64,
     /// Roles that a planned switch moved.
     pub switches: u64,
+    /// Searches for orphaned writes that came to an end.
+    pub searches: u64,
     /// Cuts of resync passes.
     pub staged: u64,
     /// Images that were checked against the oracle.
@@ -81,6 +84,7 @@ impl Statistics {
         self.boots += other.boots;
         self.promotions += other.promotions;
         self.switches += other.switches;
+        self.searches += other.searches;
         self.staged += other.staged;
         self.images += other.images;
         self.verified += other.verified;

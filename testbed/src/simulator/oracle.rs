@@ -113,6 +113,17 @@ impl Oracle {
         lineage.base[block] == hash
     }
 
+    /// Whether a host of the lineage's site wrote the block after `sequence`, also in its later lineages.
+    pub(super) fn wrote_after(&self, lineage: LineageKey, sequence: u64, block: usize) -> bool {
+        let Some(site) = self.owner(lineage) else { return false };
+        let later = self.lineages.range(lineage..).filter(|(_, known)| known.site == site);
+        later.into_iter().any(|(key, known)| {
+            let after = if *key == lineage { sequence } else { 0 };
+            let versions = known.versions.get(&block).map_or(&[][..], Vec::as_slice);
+            versions.iter().any(|version| version.sequence > after)
+        })
+    }
+
     /// Says what the block should be.
     pub(super) fn describe(&self, lineage: LineageKey, block: usize) -> String {
         let Some(lineage) = self.lineages.get(&lineage) else { return "unknown lineage".to_owned() };

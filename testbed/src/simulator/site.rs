@@ -117,6 +117,8 @@ pub(super) struct Site {
     pub(super) start_given: u64,
     /// A forced failover waits for its fork: when it was ordered and which loss was reported.
     pub(super) failover: Option<(u64, Option<std::time::Duration>)>,
+    /// A search for orphans was ordered, and its outcome is not checked.
+    pub(super) searching: bool,
     /// The newest epoch that a forced failover here may have begun.
     pub(super) forced_epoch: u64,
 }
