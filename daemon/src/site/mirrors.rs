@@ -166,28 +166,6 @@ impl Site {
         Ok(volumes)
     }
 
-    /// Refuses a mirror for which this side has no room; the partner asks itself the same.
-    async fn check_room(
-        self: &Arc<Self>,
-        name: &VolumeName,
-        volumes: &[VolumeRecord],
-    ) -> Result<(), OperationError> {
-        let places: Result<Vec<_>, OperationError> = volumes
-            .iter()
-            .map(|volume| Ok((volume.name.to_string(), volume.id, volume.size, self.folder(volume)?)))
-            .collect();
-        let needs = self.needs_of_mirror(&places?, false);
-        let missing = tokio::task::spawn_blocking(move || super::room::missing(&needs)).await;
-        match missing.map_err(internal)?.map_err(internal)? {
-            None => Ok(()),
-            Some(missing) => {
-                let detail =
-                    format!("mirror '{name}' cannot be made, site '{}' has no room: {missing}", self.name());
-                Err(problem(ProblemKind::Refused, detail))
-            }
-        }
-    }
-
     async fn make_primary(
         self: &Arc<Self>,
         mirror: &MirrorRecord,
@@ -317,24 +295,6 @@ impl Site {
             }
         }
         made
-    }
-
-    /// Refuses the secondary of a mirror for which there is no room here.
-    fn check_replica_room(&self, create: &CreateMirror) -> Result<(), (RefusalCode, String)> {
-        let here = self.name();
-        let no_space = |text: String| (RefusalCode::NoSpace, format!("site '{here}' has no room: {text}"));
-        let pool = self.settings.pools.values().next().cloned();
-        let pool = pool.ok_or_else(|| no_space("the settings name no pool".to_owned()))?;
-        let places: Vec<_> = create
-            .volumes
-            .iter()
-            .map(|volume| (volume.name.clone(), volume.id, volume.size, pool.clone()))
-            .collect();
-        let missing = super::room::missing(&self.needs_of_mirror(&places, true));
-        match missing.map_err(|error| no_space(error.to_string()))? {
-            None => Ok(()),
-            Some(missing) => Err(no_space(missing)),
-        }
     }
 
     fn make_replica(&self, volume: &MirrorVolume) -> Result<VolumeRecord, (RefusalCode, String)> {

@@ -8,18 +8,28 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use block::{ByteCount, VolumeId};
+use block::{ByteCount, VolumeId, VolumeName};
+use control::ProblemKind;
 use engine::intent_map::IntentMap;
+use protocol::{CreateMirror, RefusalCode};
 
 use super::Site;
+use super::mirrors::internal;
+use super::volumes::problem;
+use crate::api::OperationError;
+use crate::catalogue::VolumeRecord;
 
 /// The header, the checkpoint and the file system's own blocks of a file, generously.
 const PER_FILE: u64 = 64 << 10;
 
+/// What a sentence lists; a refusal that goes to the partner is bounded.
+const PARTS_SHOWN: usize = 4;
+
 /// Space that is wanted in a folder, and what for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Need {
+struct Need {
     folder: PathBuf,
     bytes: u64,
     what: String,
@@ -37,7 +47,7 @@ struct Sum {
 impl Site {
     /// What a mirror of these volumes needs here, by the folder of each volume's pool; `replicas` if the volumes are to
     /// be made as well.
-    pub(super) fn needs_of_mirror(
+    fn needs_of_mirror(
         &self,
         volumes: &[(String, VolumeId, ByteCount, PathBuf)],
         replicas: bool,
@@ -62,13 +72,53 @@ impl Site {
         }
         needs
     }
+
+    /// Refuses a mirror for which this side has no room; the partner asks itself the same.
+    pub(super) async fn check_room(
+        self: &Arc<Self>,
+        name: &VolumeName,
+        volumes: &[VolumeRecord],
+    ) -> Result<(), OperationError> {
+        let places: Result<Vec<_>, OperationError> = volumes
+            .iter()
+            .map(|volume| Ok((volume.name.to_string(), volume.id, volume.size, self.folder(volume)?)))
+            .collect();
+        let needs = self.needs_of_mirror(&places?, false);
+        let lacking = tokio::task::spawn_blocking(move || missing(&needs)).await;
+        match lacking.map_err(internal)?.map_err(internal)? {
+            None => Ok(()),
+            Some(missing) => {
+                let detail =
+                    format!("mirror '{name}' cannot be made, site '{}' has no room: {missing}", self.name());
+                Err(problem(ProblemKind::Refused, detail))
+            }
+        }
+    }
+
+    /// Refuses the secondary of a mirror for which there is no room here.
+    pub(super) fn check_replica_room(&self, create: &CreateMirror) -> Result<(), (RefusalCode, String)> {
+        let here = self.name();
+        let no_space = |text: String| (RefusalCode::NoSpace, format!("site '{here}' has no room: {text}"));
+        let pool = self.settings.pools.values().next().cloned();
+        let pool = pool.ok_or_else(|| no_space("the settings name no pool".to_owned()))?;
+        let places: Vec<_> = create
+            .volumes
+            .iter()
+            .map(|volume| (volume.name.clone(), volume.id, volume.size, pool.clone()))
+            .collect();
+        let lacking = missing(&self.needs_of_mirror(&places, true));
+        match lacking.map_err(|error| no_space(error.to_string()))? {
+            None => Ok(()),
+            Some(missing) => Err(no_space(missing)),
+        }
+    }
 }
 
 /// Says, in one sentence, what is missing where, if something is.
 ///
 /// # Errors
 /// A file system cannot be asked.
-pub(super) fn missing(needs: &[Need]) -> io::Result<Option<String>> {
+fn missing(needs: &[Need]) -> io::Result<Option<String>> {
     let mut sums: BTreeMap<u64, Sum> = BTreeMap::new();
     for need in needs {
         let folder = existing(&need.folder);
@@ -90,6 +140,11 @@ pub(super) fn missing(needs: &[Need]) -> io::Result<Option<String>> {
 
 impl Sum {
     fn sentence(&self) -> String {
+        let mut parts = self.parts.iter().take(PARTS_SHOWN).cloned().collect::<Vec<_>>().join(", ");
+        let more = self.parts.len().saturating_sub(PARTS_SHOWN);
+        if more > 0 {
+            parts.push_str(&format!(", and {more} more"));
+        }
         format!(
             "{} bytes are missing on the file system of {}: {} are free and {} are needed ({}); give it more space, or \
              delete what is not needed",
@@ -97,7 +152,7 @@ impl Sum {
             self.folder.display(),
             self.free,
             self.needed,
-            self.parts.join(", ")
+            parts
         )
     }
 }
