@@ -262,6 +262,22 @@ impl<S: Read + Write> Host<S> {
         request.extend(length.to_be_bytes());
         request.extend(payload);
         self.stream.write_all(&request)?;
+        self.errno()
+    }
+
+    /// Announces a write of so many bytes at the volume's start, and sends the beginning of its payload.
+    fn begin_write(&mut self, length: u32, beginning: &[u8]) -> io::Result<()> {
+        let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+        request.extend([0, 0, 0, 1]);
+        request.extend([0; 16]);
+        request.extend(length.to_be_bytes());
+        request.extend(beginning);
+        self.stream.write_all(&request)?;
+        self.stream.flush()
+    }
+
+    /// The errno of the next simple reply.
+    fn errno(&mut self) -> io::Result<u32> {
         let mut reply = [0; 16];
         self.stream.read_exact(&mut reply)?;
         Ok(u32::from_be_bytes(reply[4..8].try_into().unwrap()))
@@ -528,4 +544,116 @@ fn access_that_the_settings_make_impossible_is_refused() {
     let refused = world.access(&tls).unwrap_err().to_string();
     assert!(refused.contains("no NBD listener has TLS"), "{refused}");
     assert_eq!(world.ask(&Call::volume_access(&name())).unwrap(), VolumeAccessView::default());
+}
+
+/// The smallest pool: four writes of 1 MiB fill it.
+const SMALL_POOL: &str = "receive_pool_bytes = 4194304\nnbd_stall_seconds = 2";
+
+/// Four hosts stall in their payloads; a fifth gets the memory of one of them, and the others go on.
+fn stall<S: Read + Write>(world: &World, mut hosts: Vec<Host<S>>) {
+    const LENGTH: u32 = 1 << 20;
+    let payload = vec![7; 1 << 20];
+    let half = payload.len() / 2;
+    for host in &mut hosts {
+        host.begin_write(LENGTH, &payload[..half]).unwrap();
+        // In their order: the first is the one that has stalled longest.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    let started = Instant::now();
+    let mut fifth = world.open().unwrap();
+    assert_eq!(fifth.write(false, 0, &[1; 4096]).unwrap(), 0);
+    let took = started.elapsed();
+    assert!(took > Duration::from_secs(1), "there was no memory before: {took:?}");
+    assert!(took < Duration::from_secs(8), "served after {took:?}");
+    let (first, others) = hosts.split_first_mut().unwrap();
+    let ended = first.stream.read(&mut [0]).map_err(|error| error.kind());
+    assert!(
+        matches!(ended, Ok(0) | Err(io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)),
+        "the one that has stalled longest makes room: {ended:?}"
+    );
+    for host in others {
+        host.stream.write_all(&payload[half..]).unwrap();
+        assert_eq!(host.errno().unwrap(), 0, "nobody needs the memory of the others");
+    }
+}
+
+#[test]
+fn a_host_that_stalls_in_its_payload_gives_way_to_one_that_waits() {
+    let world = World::new("off", SMALL_POOL);
+    world.create(Cache::None);
+    stall(&world, (0..4).map(|_| world.open().unwrap()).collect());
+}
+
+#[test]
+fn a_host_that_stalls_in_its_payload_over_tls_gives_way_too() {
+    let world = World::new("optional", SMALL_POOL);
+    world.create(Cache::None);
+    let secured = |_| {
+        let mut host = world.secured(None);
+        host.go().unwrap();
+        host
+    };
+    stall(&world, (0..4).map(secured).collect());
+}
+
+#[test]
+fn hosts_that_do_not_read_their_replies_give_way_to_one_that_waits() {
+    const READS: u64 = 64;
+    let world = World::new("off", SMALL_POOL);
+    world.create(Cache::None);
+    let mut deaf: Vec<_> = (0..4).map(|_| world.open().unwrap()).collect();
+    let mut request = Vec::new();
+    for host in &mut deaf {
+        for _ in 0..READS {
+            request.clear();
+            request.extend(0x2560_9513_u32.to_be_bytes());
+            request.extend([0; 20]);
+            request.extend((1_u32 << 20).to_be_bytes());
+            host.stream.write_all(&request).unwrap();
+        }
+    }
+    // What the kernel queues for a host is not the daemon's memory: wait until that is full.
+    std::thread::sleep(Duration::from_secs(1));
+    let started = Instant::now();
+    let mut fifth = world.open().unwrap();
+    assert_eq!(fifth.write(false, 0, &[1; 4096]).unwrap(), 0);
+    assert!(started.elapsed() < Duration::from_secs(8), "served after {:?}", started.elapsed());
+    let mut closed = 0;
+    for host in &mut deaf {
+        let mut replies = vec![0; 16 + (1 << 20)];
+        closed += usize::from((0..READS).any(|_| host.stream.read_exact(&mut replies).is_err()));
+    }
+    assert_eq!(closed, 1, "as many as were in the way");
+}
+
+#[test]
+fn a_host_that_never_reads_does_not_keep_the_site_from_stopping() {
+    let mut world = World::new("off", "");
+    world.create(Cache::None);
+    let mut deaf = world.open().unwrap();
+    for _ in 0..64 {
+        let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
+        request.extend([0; 20]);
+        request.extend((1_u32 << 20).to_be_bytes());
+        deaf.stream.write_all(&request).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let started = Instant::now();
+    world.stop();
+    assert!(started.elapsed() < Duration::from_secs(6), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_deleted_volume_is_gone_at_once_and_its_space_comes_back() {
+    let world = World::new("off", "");
+    world.create(Cache::None);
+    let pool = world.folder.path().join("site/pool");
+    assert_eq!(std::fs::read_dir(&pool).unwrap().count(), 1);
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = world.ask(&Call::volume_delete(&name())) {
+        // What `create` opened to look is closed by the shard a moment later.
+        assert!(error.to_string().contains("is in use") && Instant::now() < deadline, "{error}");
+    }
+    assert_eq!(std::fs::read_dir(&pool).unwrap().count(), 0);
+    world.create(Cache::None);
 }

@@ -280,18 +280,58 @@ fn a_daemon_without_descriptors_serves_on_and_recovers() -> Result<()> {
 }
 
 #[test]
-#[ignore = "the control socket has no descriptors of its own: verbs wait for the end of others' handshakes"]
 fn an_operator_is_served_while_hosts_use_up_the_descriptors() -> Result<()> {
     abused(|site, export| {
         site.log().allow("cannot be accepted");
         let pid = site.process_id()?.to_string();
         run("prlimit", &["--pid", &pid, &format!("--nofile={}:", site.descriptors()? + 24)])?;
         let crowd: Vec<TcpStream> = (0..96).map(|_| export.dial()).collect::<Result<_, _>>()?;
-        let begin = Instant::now();
-        site.run("volume list")?;
-        ensure!(begin.elapsed() < PROMPT, "a verb took {:?}", begin.elapsed());
+        for verb in ["volume list", "volume create third --size 4MiB", "volume delete third", "--json status"]
+        {
+            let begin = Instant::now();
+            let printed = site.run(verb)?;
+            ensure!(begin.elapsed() < PROMPT, "{verb} took {:?}", begin.elapsed());
+            ensure!(!verb.contains("status") || printed.contains("nbd_connections_max"), "{printed}");
+        }
+        // A new host takes the place of an idle one.
+        check_served(export)?;
         drop(crowd);
         check_served(export)
+    })
+}
+
+#[test]
+fn hosts_that_stall_in_their_payloads_give_way_to_another_volumes_host() -> Result<()> {
+    const LENGTH: u32 = 64 << 20;
+    const STALL: Duration = Duration::from_secs(2);
+    World::run(|world| {
+        let setting = |key: &str, value: u64| (key.to_owned(), value.to_string());
+        let settings = vec![setting("shards", 1), setting("nbd_stall_seconds", STALL.as_secs())];
+        let mut site = world.site("west", SiteOptions { settings, ..SiteOptions::default() })?;
+        site.log().allow("it moves no bytes, and others wait");
+        site.run("volume create data --size 128MiB --iops unlimited")?;
+        site.run("volume create other --size 4MiB --iops unlimited")?;
+        let export = site.export("data");
+        let before = Footprint::of(&site)?;
+        let payload = vec![7; 64 << 20];
+        // Each is charged for its payload and the steps of it: three fill the memory, and one waits for it.
+        let mut stalled = Vec::new();
+        for sent in [0, 1, 1 << 20, 33 << 20] {
+            let mut client = NbdClient::connect(&export)?;
+            client.begin_write(0, LENGTH, payload.get(..sent).context("a beginning")?)?;
+            stalled.push(client);
+        }
+        std::thread::sleep(STALL * 2);
+        ensure!(site.log().wait_for(0, Duration::ZERO, |line| line.contains("moves no bytes")).is_some());
+        let begin = Instant::now();
+        let mut fifth = NbdClient::connect(&site.export("other"))?;
+        fifth.write(0, &[1; 4096])?;
+        fifth.disconnect()?;
+        let took = begin.elapsed();
+        ensure!(took < STALL + Duration::from_secs(3), "another volume's host was served after {took:?}");
+        drop(stalled);
+        before.wait_restored(&site, PATIENCE)?;
+        site.terminate()
     })
 }
 

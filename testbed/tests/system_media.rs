@@ -171,6 +171,40 @@ fn a_flush_on_one_connection_covers_what_others_wrote_when_the_power_goes() -> R
     Ok(())
 }
 
+/// The kernel tells of data that it could not write back only once for each open file: to whichever flush or durable
+/// write asks first. The flush that covers the data must fail though durable writes of sound blocks run beside it.
+#[test]
+fn a_flush_of_lost_data_fails_though_durable_writes_run_beside_it() -> Result<()> {
+    World::run(|world| {
+        let Some(mut setting) = Setting::prepare(world, Backing::Thin(40 * MEBIBYTE), "page")? else {
+            return Ok(());
+        };
+        setting.site.log().allow("is poisoned");
+        for round in 0..4_u64 {
+            let mut writer = setting.client()?;
+            writer.write_durable(0, &vec![7; 1 << 20])?;
+            setting.disk.fill_backing()?;
+            // Into the page cache, where there is room for it.
+            writer.write((16 + round) * MEBIBYTE, &vec![8; 1 << 20])?;
+            let mut durable = setting.client()?;
+            for block in 0..32 {
+                durable.begin(COMMAND_WRITE, FLAG_FUA, block * 4096, 4096, &[9; 4096])?;
+            }
+            let error = writer.error_of(COMMAND_FLUSH, 0, 0, 0, &[])?;
+            ensure!(error != 0, "round {round}: a flush of data that is lost succeeded");
+            for _ in 0..32 {
+                durable.reply()?;
+            }
+            ensure!(setting.state()? == "poisoned", "round {round}: {}", setting.state()?);
+            expect(&mut writer, COMMAND_FLUSH, 0, EIO)?;
+            setting.disk.empty_backing()?;
+            drop((writer, durable));
+            setting.revive()?;
+        }
+        setting.site.terminate()
+    })
+}
+
 /// The power goes while writers write; each of them flushed nothing, but writes with FUA are durable by themselves.
 #[test]
 fn durable_writes_survive_the_loss_of_power_under_load() -> Result<()> {

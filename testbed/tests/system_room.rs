@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use testbed::harness::{Backing, LoopDisk, Pair, World};
 
 const MEBIBYTE: u64 = 1 << 20;
-/// The redo log of `--dev`.
-const REDO_BYTES: u64 = 512 * MEBIBYTE;
+/// The redo log and the spill file of `--dev`.
+const JOURNAL_BYTES: u64 = (512 + 256) * MEBIBYTE;
 
 /// Two sites, one of them on a small disk of its own; `None` where the machine cannot make one.
 fn pair_with_small(world: &World, small: &str) -> Result<Option<(Pair, LoopDisk)>> {
@@ -33,7 +33,10 @@ fn a_partner_without_room_is_named_with_what_it_lacks_and_nothing_is_left() -> R
         let sentence = pair.west.refused("mirror create mirror --partner east --volumes data")?;
         ensure!(sentence.contains("site 'east' has no room"), "{sentence}");
         let missing = missing(&sentence)?;
-        ensure!((REDO_BYTES - 160 * MEBIBYTE..REDO_BYTES + 40 * MEBIBYTE).contains(&missing), "{sentence}");
+        ensure!(
+            (JOURNAL_BYTES - 160 * MEBIBYTE..JOURNAL_BYTES + 40 * MEBIBYTE).contains(&missing),
+            "{sentence}"
+        );
         ensure!(pair.east.json("volume list")?.as_array().is_some_and(Vec::is_empty), "a replica is left");
         ensure!(pair.west.json("mirror list")?.as_array().is_some_and(Vec::is_empty), "a mirror is left");
         // The sites end before their disk does.
@@ -49,7 +52,7 @@ fn a_primary_without_room_for_a_redo_log_is_refused_before_its_partner_is_asked(
         pair.west.run("volume create data --size 32MiB")?;
         let sentence = pair.west.refused("mirror create mirror --partner east --volumes data")?;
         ensure!(sentence.contains("site 'west' has no room") && sentence.contains("redo"), "{sentence}");
-        ensure!(missing(&sentence)? > REDO_BYTES - 160 * MEBIBYTE, "{sentence}");
+        ensure!(missing(&sentence)? > JOURNAL_BYTES - 160 * MEBIBYTE, "{sentence}");
         ensure!(pair.east.json("volume list")?.as_array().is_some_and(Vec::is_empty), "a replica is left");
         pair.west.terminate()?;
         pair.east.terminate()

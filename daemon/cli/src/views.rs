@@ -127,6 +127,7 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
                 view.memory.ring_bytes, view.memory.ring_bytes_max, view.memory.map_bytes
             )),
         ),
+        ("spill", Some(format!("{} of {} bytes", view.memory.spill_bytes, view.memory.spill_bytes_max))),
     ])
 }
 

@@ -268,7 +268,7 @@ pub struct ResyncView {
     pub eta_seconds: Option<f64>,
 }
 
-/// What a mirror holds in memory.
+/// What a mirror holds in memory and in its spill file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MirrorMemory {
     /// Bytes in the ring, with those that the transport still holds.
@@ -277,6 +277,12 @@ pub struct MirrorMemory {
     pub ring_bytes_max: u64,
     /// Bytes of the dirty and intent maps.
     pub map_bytes: u64,
+    /// Bytes of the spill file in use.
+    #[serde(default)]
+    pub spill_bytes: u64,
+    /// The size of the spill file.
+    #[serde(default)]
+    pub spill_bytes_max: u64,
 }
 
 /// A mirror as `mirror show` tells it.

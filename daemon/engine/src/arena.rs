@@ -5,7 +5,7 @@ const PLACE_BITS: u32 = 24;
 
 /// A set of values, each with a number of its own. Numbers rise in the order of insertion.
 #[derive(Debug)]
-pub(crate) struct Arena<T> {
+pub struct Arena<T> {
     slots: Vec<Option<(u64, T)>>,
     free: Vec<usize>,
     count: u64,
@@ -22,7 +22,7 @@ impl<T> Arena<T> {
     ///
     /// # Panics
     /// If there are 2^24 values: callers bound what they begin.
-    pub(crate) fn insert(&mut self, value: T) -> u64 {
+    pub fn insert(&mut self, value: T) -> u64 {
         let place = self.free.pop().unwrap_or(self.slots.len());
         let low = u64::try_from(place).unwrap_or(u64::MAX);
         assert!(low < 1 << PLACE_BITS, "too many values at once");
@@ -36,27 +36,34 @@ impl<T> Arena<T> {
         number
     }
 
-    pub(crate) fn find(&self, number: u64) -> Option<&T> {
+    /// The value of a number.
+    pub fn find(&self, number: u64) -> Option<&T> {
         let slot = self.slots.get(place(number))?;
         slot.as_ref().filter(|(known, _)| *known == number).map(|(_, value)| value)
     }
 
-    pub(crate) fn find_mut(&mut self, number: u64) -> Option<&mut T> {
+    /// The value of a number, to change it.
+    pub fn find_mut(&mut self, number: u64) -> Option<&mut T> {
         let slot = self.slots.get_mut(place(number))?;
         slot.as_mut().filter(|(known, _)| *known == number).map(|(_, value)| value)
     }
 
-    pub(crate) fn remove(&mut self, number: u64) -> Option<T> {
+    /// Takes a value out; its number means nothing from then on.
+    pub fn remove(&mut self, number: u64) -> Option<T> {
         let slot = self.slots.get_mut(place(number))?;
         let (_, value) = slot.take_if(|(known, _)| *known == number)?;
         self.free.push(place(number));
         Some(value)
     }
 
-    /// The values, in no order that means anything.
+    /// The values with their numbers, in no order that means anything.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &T)> {
+        self.slots.iter().flatten().map(|(number, value)| (*number, value))
+    }
+
     #[cfg(test)]
     pub(crate) fn values(&self) -> impl Iterator<Item = &T> {
-        self.slots.iter().flatten().map(|(_, value)| value)
+        self.iter().map(|(_, value)| value)
     }
 
     #[cfg(test)]

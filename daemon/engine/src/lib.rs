@@ -19,6 +19,8 @@ pub mod region_tracker;
 mod runs;
 pub mod volume;
 
+pub use arena::Arena;
+
 /// A host command in flight; the caller's number, never used twice at once on a volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct CommandId(pub u64);

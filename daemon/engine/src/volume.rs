@@ -35,11 +35,15 @@ use self::split::{Splitter, Task};
 use crate::arena::Arena;
 use crate::locks::{Acquired, RangeLocks};
 use crate::qos::{self, Limiter};
-use crate::{CommandId, STEP_BYTES_MAX, StepId};
+use crate::{CommandId, STEP_BYTES_MAX, StepId, ZERO_STEP_BYTES_MAX};
 
 /// The most steps of one command in flight: enough to keep a device busy, few enough that a command of the
 /// longest length neither fills the device's queue nor holds more than 8 MiB of sealed data.
 pub const STEPS_IN_FLIGHT_MAX: usize = 8;
+
+/// The same for a command that zeroes more than so many steps could: a file system takes one a file at a time, and those
+/// that wait for it each keep a thread of the kernel from other volumes.
+pub const ZERO_STEPS_IN_FLIGHT_MAX: usize = 2;
 
 /// What a volume is.
 #[derive(Clone, Copy, Debug)]
@@ -109,6 +113,14 @@ enum Stage {
     Flush,
     Inquiry,
     Copy,
+}
+
+impl Running {
+    fn steps_in_flight_max(&self) -> usize {
+        const LONG: u64 = ZERO_STEP_BYTES_MAX * (STEPS_IN_FLIGHT_MAX as u64);
+        let long = self.command.range().is_some_and(|range| range.length() > LONG);
+        if long && self.splitter.zeroes_ranges() { ZERO_STEPS_IN_FLIGHT_MAX } else { STEPS_IN_FLIGHT_MAX }
+    }
 }
 
 impl Volume {
@@ -432,8 +444,10 @@ impl Volume {
                 return;
             };
             let sound = running.error.is_none();
+            let alone = running.steps_in_flight == 0;
             if sound
-                && running.steps_in_flight < STEPS_IN_FLIGHT_MAX
+                && running.steps_in_flight < running.steps_in_flight_max()
+                && (alone || !running.splitter.awaits_others())
                 && let Some(task) = running.splitter.next()
             {
                 running.steps_in_flight += 1;

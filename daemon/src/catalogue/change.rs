@@ -73,8 +73,8 @@ impl Catalogue {
     /// # Errors
     /// The volume is not reserved, or a file cannot be removed; the next start tries again.
     pub fn discard_volume(&self, id: VolumeId) -> Result<(), CatalogueError> {
-        let mut state = self.state();
-        let volume = state.reserved.remove(&id).ok_or_else(|| CatalogueError::unknown_volume(id))?;
+        // Without the lock: what is left of a large file may take its time.
+        let volume = self.state().reserved.remove(&id).ok_or_else(|| CatalogueError::unknown_volume(id))?;
         match self.folder(&volume) {
             Some(folder) => remove_folder(&folder),
             None => Ok(()),
@@ -120,12 +120,12 @@ impl Catalogue {
         outcome.map(|()| new)
     }
 
-    /// Deletes a volume and its files. The caller has closed them.
+    /// Deletes a volume. The caller has closed its files, and removes the folder returned with [`remove_folder`], without
+    /// haste; if that does not come about, the next start has it among its leftovers.
     ///
     /// # Errors
-    /// It does not exist or is mirrored, or its header or the catalogue cannot be written. If only files could not be
-    /// removed it is deleted all the same, and the next start removes them.
-    pub fn delete_volume(&self, id: VolumeId) -> Result<(), CatalogueError> {
+    /// It does not exist or is mirrored, or its header or the catalogue cannot be written.
+    pub fn delete_volume(&self, id: VolumeId) -> Result<Option<PathBuf>, CatalogueError> {
         let mut state = self.state();
         let volume = state.content.volumes.get(&id).ok_or_else(|| CatalogueError::unknown_volume(id))?;
         if let Some((mirror, _)) = state.content.mirror_of(id) {
@@ -141,11 +141,7 @@ impl Catalogue {
         }
         self.apply(&[Change::NoVolume(id)])?;
         state.content.volumes.remove(&id);
-        if let Some(folder) = folder {
-            self.fuse.step().map_err(file_error("removing volume folder", &folder))?;
-            remove_folder(&folder)?;
-        }
-        Ok(())
+        Ok(folder)
     }
 
     /// Adds a partner.

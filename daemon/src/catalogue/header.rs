@@ -23,7 +23,7 @@ use super::record::{
 };
 
 /// The header's file name in the volume's folder.
-pub(super) const FILE_NAME: &str = "header";
+pub const FILE_NAME: &str = "header";
 /// Bytes in a slot.
 const SLOT_BYTES: usize = 16 << 10;
 /// The same as a file offset.

@@ -29,8 +29,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use block::{MirrorId, SiteId, VolumeId, VolumeIndex, VolumeName};
 
 pub use error::CatalogueError;
+pub use header::FILE_NAME as HEADER_FILE;
 pub use lock::DirectoryLock;
 pub use notice::Notice;
+pub use pool::remove_folder;
 pub use record::{
     CLASS_BYTES_MAX, GROUP_STATE_BYTES_MAX, GroupRecord, MirrorRecord, PartnerRecord, VolumeRecord,
     WRAPPED_KEY_BYTES_MAX,
@@ -60,6 +62,8 @@ struct State {
     content: Content,
     /// Volumes that are being created: names and identities taken, not yet in the catalogue.
     reserved: BTreeMap<VolumeId, VolumeRecord>,
+    /// Folders of unfinished creates and deletes, found at the start.
+    leftovers: Vec<PathBuf>,
 }
 
 impl Catalogue {
@@ -123,6 +127,11 @@ impl Catalogue {
     /// The mirror of that identity.
     pub fn mirror_by_id(&self, id: MirrorId) -> Option<MirrorRecord> {
         self.state().content.mirrors.get(&id).cloned()
+    }
+
+    /// The folders that unfinished creates and deletes left before this start, once; to be removed with [`remove_folder`].
+    pub fn take_leftovers(&self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.state().leftovers)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -21,8 +21,8 @@ use super::{Catalogue, DirectoryLock, FILE_NAME, MirrorRecord, Notice, State, Vo
 
 impl Catalogue {
     /// Opens the catalogue of the locked directory, or makes an empty one with a new site identity if there is neither a
-    /// catalogue nor a volume. Headers that are behind are written anew; what an unfinished create or delete left is
-    /// removed.
+    /// catalogue nor a volume. Headers that are behind are written anew; what unfinished creates and deletes left is
+    /// in [`Self::take_leftovers`].
     ///
     /// # Errors
     /// The catalogue is damaged, missing beside volumes, or older than they are (each says how to rebuild); a pool holds
@@ -46,7 +46,7 @@ impl Catalogue {
         let catalogue = Self {
             store,
             pools,
-            state: Mutex::new(State { content, reserved: BTreeMap::new() }),
+            state: Mutex::new(State { content, reserved: BTreeMap::new(), leftovers: Vec::new() }),
             fuse,
             _lock: lock,
         };
@@ -73,7 +73,7 @@ impl Catalogue {
         }
         for (id, found) in found {
             if !state.content.volumes.contains_key(id) {
-                notices.push(self.clear(found)?);
+                notices.push(clear(found, &mut state.leftovers)?);
             }
         }
         Ok(notices)
@@ -100,29 +100,26 @@ impl Catalogue {
             Err(error) => Notice::HeaderNotWritten { volume: volume_name, reason: error.to_string() },
         })
     }
+}
 
-    /// Removes a folder that the catalogue does not know, if its header says that this is right or it is empty.
-    fn clear(&self, found: &Found) -> Result<Notice, CatalogueError> {
-        let folder = found.folder.clone();
-        let reason = match &found.header {
-            Ok(header) => {
-                assert!(
-                    header.life != Life::Live,
-                    "a live volume that the catalogue lacks was refused before"
-                );
-                remove_folder(&folder)?;
-                return Ok(Notice::LeftoverRemoved { folder });
-            }
-            // Whatever is in a folder without a whole header is not ours to judge; an empty one is a create's beginning,
-            // and a torn first header stands alone.
-            Err(error) => error.to_string(),
-        };
-        if holds_only_a_header(&folder) {
-            remove_folder(&folder)?;
+/// A folder that the catalogue does not know is a leftover if its header says so, and goes if it is empty.
+fn clear(found: &Found, leftovers: &mut Vec<PathBuf>) -> Result<Notice, CatalogueError> {
+    let folder = found.folder.clone();
+    let reason = match &found.header {
+        Ok(header) => {
+            assert!(header.life != Life::Live, "a live volume that the catalogue lacks was refused before");
+            leftovers.push(folder.clone());
             return Ok(Notice::LeftoverRemoved { folder });
         }
-        Ok(Notice::Unreadable { folder, reason })
+        // Whatever is in a folder without a whole header is not ours to judge; an empty one is a create's beginning,
+        // and a torn first header stands alone.
+        Err(error) => error.to_string(),
+    };
+    if holds_only_a_header(&folder) {
+        remove_folder(&folder)?;
+        return Ok(Notice::LeftoverRemoved { folder });
     }
+    Ok(Notice::Unreadable { folder, reason })
 }
 
 /// A new catalogue, if there is no volume.

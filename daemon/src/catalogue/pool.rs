@@ -75,11 +75,12 @@ pub(super) fn make_folder(folder: &Path) -> Result<(), CatalogueError> {
     sync_folder_of(folder)
 }
 
-/// Removes the volume's folder with all that is in it; that it is gone already is no error.
+/// Removes the folder of a volume that is in no catalogue, with all that is in it; that it is gone already is no error.
+/// Large files are best shortened first, as their removal takes its time.
 ///
 /// # Errors
 /// A file in it cannot be removed.
-pub(super) fn remove_folder(folder: &Path) -> Result<(), CatalogueError> {
+pub fn remove_folder(folder: &Path) -> Result<(), CatalogueError> {
     let entries = match folder.read_dir() {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -23,7 +23,7 @@ type Live<'a> = BTreeMap<VolumeId, (&'a Header, &'a Path)>;
 
 impl Catalogue {
     /// Makes the catalogue anew from the headers in the pools, keeps the old file as `catalogue.redb.old-N`, and opens
-    /// it. Headers that cannot be read are reported as notices; folders of unfinished creates and deletes are removed.
+    /// it. Headers that cannot be read are reported as notices; folders of unfinished creates and deletes are leftovers.
     ///
     /// # Errors
     /// There is no header; headers are of several sites, claim the same name, or are not all of a mirror's; or the file

@@ -87,6 +87,22 @@ pub enum IoRequest {
         /// One page.
         page: Bytes,
     },
+    /// Write a segment to the spill file.
+    SpillWrite {
+        /// Byte offset, 4096-aligned.
+        offset: u64,
+        /// Whole pages, in order.
+        data: Vec<Bytes>,
+    },
+    /// Read a segment of the spill file; answered with the bytes.
+    SpillRead {
+        /// Byte offset, 4096-aligned.
+        offset: u64,
+        /// Bytes, whole pages.
+        length: u64,
+    },
+    /// Bring the spill file's completed writes to stable media.
+    SpillSync,
     /// Make the group's state durable in catalogue and headers.
     Persist(Box<GroupState>),
 }
@@ -276,6 +292,12 @@ pub(super) enum Purpose {
     RedoSync,
     /// The checkpoint page.
     Checkpoint,
+    /// A segment of the spill, written.
+    SpillWrite { key: u64 },
+    /// A segment of the spill, read.
+    SpillRead { key: u64 },
+    /// The spill made durable.
+    SpillSync,
     /// The group's state.
     PersistState,
     /// A step of a role change.

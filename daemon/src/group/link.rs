@@ -11,7 +11,7 @@ use protocol::{
 
 use super::MirrorSettings;
 use super::effect::{Effect, Loudness, Outbox, SessionId};
-use super::primary::{Gate, Link, Primary};
+use super::primary::{Gate, HaltedStart, Link, Primary};
 
 /// The first wait before another attempt; doubles up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -121,9 +121,9 @@ impl Primary {
         self.link = link;
     }
 
-    fn halt(&mut self, reason: String, overwrites: bool, out: &mut Outbox) -> LinkNews {
+    fn halt(&mut self, reason: String, start: HaltedStart, out: &mut Outbox) -> LinkNews {
         out.log(Loudness::Error, reason.clone());
-        self.close(Link::Halted { reason: reason.clone(), overwrites }, &reason, out);
+        self.close(Link::Halted { reason: reason.clone(), start }, &reason, out);
         LinkNews::Nothing
     }
 
@@ -189,8 +189,16 @@ impl Primary {
                 );
                 LinkNews::Nothing
             }
+            RefusalCode::Fork => self.halt(
+                format!(
+                    "both sides were promoted in epoch {}: each serves hosts and mirroring rests; run 'farshore mirror \
+                     start NAME --primary local' at the side whose writes are to be kept",
+                    state.epoch.0
+                ),
+                HaltedStart::Settles,
+                out,
+            ),
             RefusalCode::StaleEpoch
-            | RefusalCode::Fork
             | RefusalCode::UnknownMirror
             | RefusalCode::Mismatch
             | RefusalCode::WrongPartner
@@ -201,7 +209,7 @@ impl Primary {
                     "the partner refuses the mirror: {}; mend it, then run 'farshore mirror start'",
                     refuse.text
                 ),
-                false,
+                HaltedStart::Retries,
                 out,
             ),
         }
@@ -273,7 +281,7 @@ impl Primary {
                  overwritten until 'farshore mirror start' compares all of it",
                 welcome.tip.position
             );
-            self.halt(reason, true, out);
+            self.halt(reason, HaltedStart::Overwrites, out);
             return LinkNews::Heard;
         }
         self.compare_everything(settings);
@@ -381,6 +389,7 @@ impl Primary {
         out: &mut Outbox,
     ) -> Option<bool> {
         let mut complete = false;
+        self.inherit_age(welcome.age_bound_ms);
         let staged =
             welcome.staged.filter(|(id, _)| self.pass.is_some_and(|pass| pass.id == *id)).map(|(_, tip)| tip);
         // What the target holds and this side has not heard of is as good as acknowledged.

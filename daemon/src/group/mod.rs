@@ -8,6 +8,7 @@
 
 mod apply;
 mod effect;
+mod kept;
 mod link;
 mod orphans;
 mod overload;
@@ -16,6 +17,7 @@ mod rate;
 mod resync;
 mod roles;
 mod secondary;
+mod spill;
 mod switch;
 mod verify;
 mod view;
@@ -37,6 +39,7 @@ use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, R
 
 pub use control::{Overload, Side};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
+pub use kept::KeptJournal;
 pub use orphans::{OrphanExtent, OrphanProgress};
 pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
 pub use switch::SwitchProgress;
@@ -75,6 +78,8 @@ pub struct MirrorSettings {
     pub volumes: Vec<GroupVolume>,
     /// Bounds of the primary's RAM ring.
     pub ring: RingBudget,
+    /// Bytes of the spill file, whole pages; 0 if there is none.
+    pub spill_bytes: u64,
     /// A cut is closed when so much payload waits,
     pub cut_bytes: u64,
     /// or when its first record is so old.
@@ -96,6 +101,8 @@ pub struct CleanState {
     pub dirty: Vec<DirtyMap>,
     /// The target's committed tip as last acknowledged.
     pub committed: Option<Position>,
+    /// The records that are in order still; without it they are in the dirty maps.
+    pub journal: Option<KeptJournal>,
 }
 
 /// Cuts that a restart found in the redo log.
@@ -246,7 +253,7 @@ impl Group {
             all.set_all(volume.size);
             dirty.push(all);
         }
-        opened.clean = Some(CleanState { dirty, committed: None });
+        opened.clean = Some(CleanState { dirty, committed: None, journal: None });
         self.attach_machine(settings, state, opened, None, now);
     }
 
@@ -282,13 +289,16 @@ impl Group {
         };
         if primary {
             mirror.redo = Some((redo.log, checkpoint));
-            let raised = mirror.state.clone();
-            mirror.machine =
-                Machine::Primary(Box::new(Primary::new(&mirror.settings, &raised, intents, clean, now)));
-            if let (true, Machine::Primary(primary)) = (restarted, &mut mirror.machine) {
-                primary.rpo.lose();
+            let clean = clean.map(|clean| clean.usable(&mirror.settings, &mirror.state));
+            let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, clean, now);
+            if restarted {
+                primary.rpo.lose_through(primary.last);
             }
-            mirror.changes.push_back(StateChange::Incarnation);
+            // One that continues a clean stop's journal is in the same incarnation still.
+            if !primary.admission_open {
+                mirror.changes.push_back(StateChange::Incarnation);
+            }
+            mirror.machine = Machine::Primary(Box::new(primary));
         } else {
             let completes = recovered.completes;
             let mut secondary = Secondary::new(redo.log, checkpoint, recovered);
@@ -318,6 +328,7 @@ impl Group {
         let Some(mut mirror) = self.mirror.take() else {
             return;
         };
+        self.out.forget(kept::is_of_the_spill);
         mirror.planned.end_offer("the mirror was deleted", &mut self.out);
         match &mut mirror.machine {
             Machine::Primary(primary) => {
@@ -590,6 +601,7 @@ impl Group {
     /// One turn of the mirror.
     fn turn(&mut self) {
         let (now, wall, stamp) = (self.now, self.wall, self.stamp);
+        self.spill_turn();
         let Some(mirror) = &mut self.mirror else { return };
         mirror.next_change(now, &mut self.out);
         let mut copies = Vec::new();
@@ -832,6 +844,9 @@ impl Group {
             Purpose::Transition => self.transition_done(result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
             Purpose::VerifyRead { request } => self.verify_read(request, result),
+            Purpose::SpillWrite { .. } | Purpose::SpillRead { .. } | Purpose::SpillSync => {
+                self.spill_io(purpose, result)
+            }
             Purpose::CompareRead { .. } | Purpose::ClearFlush { .. } => self.primary_io(purpose, result),
             Purpose::SwitchFlush { volume } => self.switch_flushed(volume, result.map(|_| ())),
             Purpose::SwitchMark => self.switch_marked(result.map(|_| ())),
@@ -909,6 +924,9 @@ impl Group {
             | Purpose::CompareRead { .. }
             | Purpose::VerifyRead { .. }
             | Purpose::ClearFlush { .. }
+            | Purpose::SpillWrite { .. }
+            | Purpose::SpillRead { .. }
+            | Purpose::SpillSync
             | Purpose::PersistState
             | Purpose::Transition
             | Purpose::SwitchFlush { .. }

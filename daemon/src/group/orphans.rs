@@ -119,7 +119,15 @@ impl Memory {
             memory.note(volume, range);
         }
         let after = if fork.same_lineage(&primary.start) { fork.sequence } else { Sequence(0) };
-        for record in primary.ring.records(after, primary.last) {
+        for (volume, blocks) in
+            (0_u16..).map(VolumeIndex).zip(primary.spill.stored_blocks(primary.volumes.len()))
+        {
+            if let Some(known) = memory.blocks.get_mut(usize::from(volume.0)) {
+                known.union(&blocks);
+            }
+        }
+        let held = primary.spill.held_records().filter(|record| record.sequence > after);
+        for record in primary.ring.records(after, primary.last).chain(held) {
             memory.note(record.volume, record.range);
             let at = primary.rpo.acknowledged_at(record.sequence);
             let at = at.map(|at| WallTime(wall.0.saturating_sub(now.0.saturating_sub(at.0))));
@@ -397,5 +405,101 @@ impl Group {
         );
         let frame = Message::OrphanReply(OrphanReply { id, blocks }).encode();
         self.out.push(Effect::Send { session, frame });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const BLOCKS: usize = 24;
+    const VOLUME: VolumeIndex = VolumeIndex(0);
+
+    fn home(contents: &[u8]) -> Bytes {
+        contents.iter().flat_map(|content| [*content; 4096]).collect::<Vec<u8>>().into()
+    }
+
+    fn search() -> Search {
+        Search {
+            session: SessionId(1),
+            queue: VecDeque::new(),
+            asked: BTreeMap::new(),
+            last: 0,
+            found: BTreeMap::new(),
+        }
+    }
+
+    proptest! {
+        /// Against a model that knows the fork's image: nothing is missing, and what is exact is true.
+        #[test]
+        fn every_orphan_is_listed_and_exact_ones_are_orphans(
+            fork in prop::collection::vec(0_u8..3, BLOCKS),
+            written_here in prop::collection::vec(prop::option::of(0_u8..3), BLOCKS),
+            written_there in prop::collection::vec(prop::option::of(0_u8..3), BLOCKS),
+            remembers in any::<bool>(),
+        ) {
+            let image = |written: &[Option<u8>]| -> Vec<u8> {
+                fork.iter().zip(written).map(|(fork, written)| written.unwrap_or(*fork)).collect()
+            };
+            let (ours, theirs) = (image(&written_here), image(&written_there));
+            let mut memory = Memory { blocks: vec![DirtyMap::default()], written: BTreeMap::new() };
+            for (block, _) in (0..).zip(&written_here).filter(|(_, written)| written.is_some()) {
+                memory.note_written(VOLUME, ByteRange::of_blocks(Lba(block), BlockCount(1)).unwrap(), None);
+            }
+            let hashes = home(&theirs).chunks(4096).map(|block| *blake3::hash(block).as_bytes()).collect::<Vec<_>>();
+            let changed = written_there.iter().map(Option::is_some);
+            let mut search = search();
+            let asked = Asked {
+                volume: VOLUME,
+                range: ByteRange::of_blocks(Lba(0), BlockCount(24)).unwrap(),
+                home: Some(Ok(home(&ours))),
+                reply: Some(OrphanReply { id: 1, blocks: hashes.into_iter().zip(changed).collect() }),
+            };
+            search.compare(&asked, remembers.then_some(&memory));
+            let mut listed = [None; BLOCKS];
+            for extent in search.report() {
+                for block in extent.range.first_block().0..extent.range.end_block().0 {
+                    listed[usize::try_from(block).unwrap()] = Some(extent.exact);
+                }
+            }
+            for block in 0..BLOCKS {
+                let orphan = ours[block] != fork[block] && ours[block] != theirs[block];
+                prop_assert!(!orphan || listed[block].is_some(), "block {block} is missing");
+                let exact = listed[block] == Some(true);
+                prop_assert!(!exact || written_here[block].is_some(), "block {block} was not written here");
+                let known = remembers || written_there[block].is_none();
+                prop_assert!(!(orphan && known) || exact, "block {block} is known to be an orphan");
+                prop_assert!(listed[block].is_none() || ours[block] != theirs[block], "block {block} is equal");
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_listed_and_not_certain() {
+        let mut search = search();
+        let range = ByteRange::of_blocks(Lba(3), BlockCount(2)).unwrap();
+        let failure = IoFailure { operation: "reading a volume", errno: 5 };
+        let reply = Some(OrphanReply { id: 1, blocks: vec![([1; 32], false); 2] });
+        search.compare(&Asked { volume: VOLUME, range, home: Some(Err(failure)), reply }, None);
+        let unread = Some(OrphanReply { id: 2, blocks: Vec::new() });
+        let next = ByteRange::of_blocks(Lba(5), BlockCount(1)).unwrap();
+        search
+            .compare(&Asked { volume: VOLUME, range: next, home: Some(Ok(home(&[1]))), reply: unread }, None);
+        let whole = ByteRange::of_blocks(Lba(3), BlockCount(3)).unwrap();
+        assert_eq!(
+            search.report(),
+            [OrphanExtent { volume: VOLUME, range: whole, written: None, exact: false }]
+        );
+    }
+
+    #[test]
+    fn long_ranges_are_asked_for_piece_by_piece() {
+        let range = ByteRange::new(4096, 2 * QUESTION_BYTES).unwrap();
+        let pieces: Vec<ByteRange> = cut(VOLUME, range).map(|(_, piece)| piece).collect();
+        assert_eq!(pieces.iter().map(|piece| piece.length()).sum::<u64>(), range.length());
+        assert!(pieces.iter().all(|piece| piece.length() <= QUESTION_BYTES));
+        assert_eq!(pieces.first().map(|piece| piece.offset()), Some(4096));
     }
 }

@@ -26,7 +26,7 @@ const ALERTS: [u8; 3] = [50, 80, 100];
 const HYSTERESIS: u64 = 90;
 /// The most by which a limit is lowered, in percent.
 pub const LOWERED_MAX: u8 = 10;
-/// Where a limit begins to be lowered: percent of the RPO budget, or of the ring. It is lowered fully at 100.
+/// Where a limit begins to be lowered: percent of the RPO budget, or of the spill file (without one, of the ring). It is lowered fully at 100.
 const PACE_FROM: u64 = 50;
 /// Looks at the RPO are at most so far apart while something happens; a look walks all buckets of the RPO.
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
@@ -236,8 +236,11 @@ impl Primary {
         let budget = self.ring.budget();
         let full = |used: u64, most: u64| used.saturating_mul(100) / most.max(1);
         let records = |count: usize| u64::try_from(count).unwrap_or(u64::MAX);
-        let fill = full(self.ring.bytes(), budget.bytes_max)
+        let ring = full(self.ring.bytes(), budget.bytes_max)
             .max(full(records(self.ring.record_count()), records(budget.records_max)));
+        // What must not fill up is the last tier that keeps the order.
+        let spill = self.spill.space.capacity();
+        let fill = if spill > 0 { full(self.spill.space.used_bytes(), spill) } else { ring };
         let folded = self.has_dirty() || self.folded_from.is_some();
         Sight {
             rpo: (consistent && !self.rpo.is_unknown()).then_some(rpo),

@@ -22,6 +22,7 @@ use protocol::{GroupState, RpoTracker, SenderChain};
 use super::effect::{Effect, IoRequest, Loudness, Outbox, Purpose, SessionId};
 use super::rate::ByteLimit;
 use super::resync::{Compare, Copying};
+use super::spill::Spill;
 use super::verify::Verify;
 use super::{CleanState, MirrorSettings};
 
@@ -49,11 +50,22 @@ pub(super) enum Link {
     /// An operator must act; the text says why and what to do.
     Halted {
         reason: String,
-        /// `start` allows the partner's image to be overwritten; else it only tries again.
-        overwrites: bool,
+        /// What `start` is for.
+        start: HaltedStart,
     },
     /// An operator stopped mirroring.
     Stopped,
+}
+
+/// What an operator's `start` does with a halted link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum HaltedStart {
+    /// It tries again.
+    Retries,
+    /// It allows the partner's image to be overwritten.
+    Overwrites,
+    /// Both sides were promoted in this epoch: `start --primary local` makes this side the primary of the next one.
+    Settles,
 }
 
 /// Whether cuts may flow on an open session.
@@ -138,6 +150,8 @@ pub(super) struct Primary {
     /// False until the incarnation is durable.
     pub(super) admission_open: bool,
     pub(super) ring: Ring,
+    /// What follows the ring, in order.
+    pub(super) spill: Spill,
     /// Set while every record folds: the first sequence that did. What the ring holds before it is still sent.
     pub(super) folded_from: Option<Sequence>,
     /// The last sequence of a copy or of a folded record: a commit must cover it.
@@ -180,9 +194,10 @@ impl Primary {
         settings: &MirrorSettings,
         state: &GroupState,
         intents: Vec<IntentMap>,
-        clean: Option<CleanState>,
+        mut clean: Option<CleanState>,
         now: Monotonic,
     ) -> Self {
+        let journal = clean.as_mut().and_then(|clean| clean.journal.take());
         assert_eq!(intents.len(), settings.volumes.len(), "one intent map a volume");
         let mut compare = Compare::default();
         let mut dirty = clean.as_ref().map(|clean| clean.dirty.clone()).unwrap_or_default().into_iter();
@@ -204,7 +219,7 @@ impl Primary {
                 poisoned: false,
             });
         }
-        Self {
+        let mut primary = Self {
             start: state.start_position(),
             last: Sequence(0),
             in_flight: BTreeMap::new(),
@@ -212,6 +227,7 @@ impl Primary {
             waiting: VecDeque::new(),
             admission_open: false,
             ring: Ring::new(settings.ring),
+            spill: Spill::new(settings.spill_bytes),
             folded_from: None,
             commit_floor: Sequence(0),
             volumes,
@@ -237,7 +253,12 @@ impl Primary {
             last_clear: now,
             last_pass: now,
             bad_wait: BAD_WAIT_FIRST,
+        };
+        if let Some(journal) = journal {
+            let goes_on = primary.continue_from(journal);
+            assert!(goes_on, "the caller checked the journal");
         }
+        primary
     }
 
     /// The position of the last assigned sequence.
@@ -368,7 +389,7 @@ impl Primary {
 
     fn record(&mut self, record: Record, out: &mut Outbox) {
         let (sequence, volume, range) = (record.sequence, record.volume, record.range);
-        if self.folded_from.is_none() && self.ring.push(record).is_ok() {
+        if self.folded_from.is_none() && self.journal(record).is_ok() {
             return;
         }
         self.volume(volume).current.set(range);
@@ -381,7 +402,7 @@ impl Primary {
             out.log(
                 Loudness::Info,
                 format!(
-                    "the ring is full: from sequence {sequence} on, changed blocks are kept in the dirty map"
+                    "the journal is full: from sequence {sequence} on, changed blocks are kept in the dirty map"
                 ),
             );
         }
@@ -409,6 +430,7 @@ impl Primary {
         }
         // The home content is unknown now: the target drops the record, and the blocks travel as a copy.
         self.ring.void(sequence);
+        self.spill.void(sequence);
         self.volume(write.volume).current.set(write.range);
         self.commit_floor = self.commit_floor.max(sequence);
         out.log(
@@ -423,7 +445,7 @@ impl Primary {
     }
 
     /// The last sequence with every one before it ended at home.
-    fn ended_through(&self) -> Sequence {
+    pub(super) fn ended_through(&self) -> Sequence {
         self.in_flight.keys().next().map_or(self.last, |first| Sequence(first.0 - 1))
     }
 
@@ -433,12 +455,9 @@ impl Primary {
         last.filter(|last| last.same_lineage(&self.start)).map_or(Sequence(0), |last| last.sequence)
     }
 
-    fn cut_limit(&self) -> Sequence {
-        let limit = self.ended_through();
-        match self.folded_from {
-            Some(first) => limit.min(Sequence(first.0 - 1)),
-            None => limit,
-        }
+    pub(super) fn cut_limit(&self) -> Sequence {
+        let ends = [self.folded_from, self.spill.first()].into_iter().flatten();
+        ends.map(|first| Sequence(first.0 - 1)).fold(self.ended_through(), Sequence::min)
     }
 
     /// True if nothing is left to compare or copy and a cut through `through` covers all copies and folded records.
@@ -488,7 +507,7 @@ impl Primary {
 
     /// Blocks that could not be read are tried again, ever more rarely.
     fn retry_bad(&mut self, now: Monotonic, out: &mut Outbox) {
-        if self.pass.is_some() || self.folded_from.is_some() {
+        if self.pass.is_some() || self.folded_from.is_some() || self.spill.is_pending() {
             self.last_pass = now;
         } else if self.volumes.iter().all(|volume| volume.bad.is_empty()) {
             self.bad_wait = BAD_WAIT_FIRST;
@@ -527,7 +546,9 @@ impl Primary {
         while self.echoes.get(1).is_some_and(|(heard, _)| *heard <= through) {
             self.echoes.pop_front();
         }
-        self.cut_times.push_back((through, wall));
+        let time = self.spill.time_for(through).unwrap_or(wall);
+        self.spill.sent(through);
+        self.cut_times.push_back((through, time));
         if self.cut_times.len() > 4 * OUTSTANDING_CUTS_MAX {
             self.cut_times.pop_front();
         }
@@ -558,7 +579,7 @@ impl Primary {
             last: through,
             previous,
             pass: self.pass.filter(|_| staging).map_or(0, |pass| pass.id),
-            time: wall,
+            time: self.spill.time_for(through).unwrap_or(wall),
             echo: self.echo_for(through),
             commit: commits_pass || !staging,
             initial,
@@ -616,7 +637,8 @@ impl Primary {
             .iter()
             .map(|volume| volume.current.count().bytes().0 + volume.next.count().bytes().0)
             .sum();
-        ByteCount(self.ring.bytes().saturating_add(dirty).saturating_add(self.compare.remaining_bytes()))
+        let ordered = self.ring.bytes().saturating_add(self.spill.backlog_bytes());
+        ByteCount(ordered.saturating_add(dirty).saturating_add(self.compare.remaining_bytes()))
     }
 
     /// True if some block is only in a dirty map.
@@ -626,6 +648,7 @@ impl Primary {
 
     /// Every record leaves the ring for the dirty map: at a clean stop, or when its incarnation ends.
     pub(super) fn fold_ring(&mut self) {
+        self.fold_spill();
         for record in self.ring.clear() {
             if !record.range.is_empty() {
                 self.volume(record.volume).current.set(record.range);
@@ -761,14 +784,21 @@ impl Primary {
         if !self.compare.is_done() {
             return None;
         }
-        self.fold_ring();
+        let journal = self.kept_journal();
+        if journal.is_none() {
+            self.fold_ring();
+        }
         let copies: Vec<_> = self.copying.ranges().collect();
         for (volume, range) in copies {
             self.volume(volume).current.set(range);
         }
         let committed = self.chain.as_ref().map(|chain| chain.committed().position).or(self.known_tip);
+        for volume in &mut self.volumes {
+            let bad = volume.bad.take();
+            volume.current.union(&bad);
+        }
         let dirty = self.volumes.iter().map(|volume| volume.current.clone()).collect();
-        Some(CleanState { dirty, committed })
+        Some(CleanState { dirty, committed, journal })
     }
 }
 

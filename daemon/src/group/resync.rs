@@ -221,7 +221,8 @@ impl Primary {
 
     /// Begins a pass if dirty blocks wait for one and everything before them was sent.
     pub(super) fn start_pass_if_needed(&mut self, out: &mut Outbox) {
-        if self.pass.is_some() || self.gate != Gate::Open || !self.has_dirty() {
+        // The spilled prefix is sent first.
+        if self.pass.is_some() || self.gate != Gate::Open || !self.has_dirty() || self.spill.is_pending() {
             return;
         }
         if self.folded_from.is_some_and(|first| self.sent_through().next() < first) {
@@ -233,6 +234,8 @@ impl Primary {
     /// Begins a pass; from now on records join the ring again.
     pub(super) fn start_pass(&mut self, initial: bool, out: &mut Outbox) {
         assert!(self.pass.is_none(), "one pass at a time");
+        // Copies join the ring at once, so nothing may lie behind it.
+        self.fold_spill();
         for volume in &mut self.volumes {
             let staged = volume.next.take();
             volume.current.union(&staged);

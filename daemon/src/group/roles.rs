@@ -12,7 +12,7 @@ use journal::{Checkpoint, RedoLog};
 use protocol::{CompareRange, GroupState, Hello, Refuse, Role};
 
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose};
-use super::primary::{Gate, Link, Primary};
+use super::primary::{Gate, HaltedStart, Link, Primary};
 use super::secondary::Secondary;
 use super::switch::whole_volumes;
 use super::view::LossReport;
@@ -38,6 +38,8 @@ pub(super) enum StateChange {
     Fence(Box<Refuse>),
     /// This side becomes the primary from this position on.
     Promote(Position),
+    /// An operator chose this primary in a fork: it begins the next epoch after this position.
+    Settle(Position),
     /// This side gives its role up at this tip.
     Relinquish(Tip),
     /// An operator stopped or started mirroring.
@@ -57,6 +59,7 @@ impl StateChange {
             | Self::NewIncarnation
             | Self::Complete
             | Self::Promote(_)
+            | Self::Settle(_)
             | Self::Relinquish(_)
             | Self::Stopped(_)
             | Self::Approve => None,
@@ -154,6 +157,7 @@ impl Mirror {
             StateChange::Adopt(_)
             | StateChange::Fence(_)
             | StateChange::Promote(_)
+            | StateChange::Settle(_)
             | StateChange::Relinquish(_) => true,
             StateChange::Incarnation
             | StateChange::NewIncarnation
@@ -217,7 +221,7 @@ impl Mirror {
             },
             StateChange::Adopt(adopted) => (**adopted).clone(),
             StateChange::Fence(refuse) => state.fenced(refuse.epoch, refuse.origin, refuse.fork),
-            StateChange::Promote(tip) => state.promoted(self.settings.site, *tip),
+            StateChange::Promote(tip) | StateChange::Settle(tip) => state.promoted(self.settings.site, *tip),
             StateChange::Relinquish(tip) => state.relinquishing(*tip),
             StateChange::Stopped(stopped) => GroupState { stopped: *stopped, ..state },
             StateChange::Approve => GroupState { overwrite_approved: true, stopped: false, ..state },
@@ -393,7 +397,7 @@ impl Group {
                 primary.incarnated(&mirror.state);
                 self.admit_waiting(now);
             }
-            (StateChange::NewIncarnation, Machine::Primary(primary)) => {
+            (StateChange::NewIncarnation | StateChange::Settle(_), Machine::Primary(primary)) => {
                 primary.reincarnate(&mirror.settings, now, &mut self.out);
                 primary.incarnated(&mirror.state);
                 self.admit_waiting(now);
@@ -436,6 +440,7 @@ impl Group {
                 | StateChange::Adopt(_)
                 | StateChange::Fence(_)
                 | StateChange::Promote(_)
+                | StateChange::Settle(_)
                 | StateChange::Relinquish(_)
                 | StateChange::Stopped(_)
                 | StateChange::Approve,
@@ -592,21 +597,47 @@ impl Group {
         Ok(())
     }
 
+    /// An operator chose this side in a fork. Its epoch rises, so that the partner hears of it, fences itself and keeps
+    /// what it wrote until another `start`; what either side wrote since the fork is compared.
+    fn settle_fork(&mut self) {
+        let Some(mirror) = &mut self.mirror else { return };
+        if let Machine::Primary(primary) = &mut mirror.machine {
+            // Nothing is said to the partner and no sequence taken before the new epoch is durable.
+            primary.close(Link::Stopped, "the fork is being settled", &mut self.out);
+            primary.admission_open = false;
+            mirror.changes.push_back(StateChange::Settle(primary.position()));
+            let text = "an operator chose this side in the fork: it begins the next epoch".to_owned();
+            self.out.log(Loudness::Warn, text);
+        }
+    }
+
     /// `mirror start`: mirroring goes on; what waits for an operator is allowed. With `local`, a restarted primary
-    /// opens its exports without waiting for its partner.
+    /// opens its exports without waiting for its partner, and a fork is settled in favour of this side.
     ///
     /// # Errors
-    /// If this side is not the primary.
+    /// If this side is not the primary, or a fork is to be settled and no side was chosen.
     pub fn start(&mut self, local: bool) -> Result<(), VerbRefused> {
         let now = self.now;
         let mirror = self.mirror_in_role("start")?;
         let Machine::Primary(primary) = &mirror.machine else {
             return Ok(());
         };
-        let halted = matches!(primary.link, Link::Halted { .. });
-        if primary.gate != Gate::Open || matches!(primary.link, Link::Halted { overwrites: true, .. }) {
+        let halted = match &primary.link {
+            Link::Halted { start: HaltedStart::Settles, reason } if !local => {
+                return Err(VerbRefused(reason.clone()));
+            }
+            Link::Halted { start, .. } => Some(*start),
+            Link::Down { .. }
+            | Link::Dialing { .. }
+            | Link::Greeting { .. }
+            | Link::Up { .. }
+            | Link::Stopped => None,
+        };
+        if halted == Some(HaltedStart::Settles) {
+            self.settle_fork();
+        } else if primary.gate != Gate::Open || halted == Some(HaltedStart::Overwrites) {
             mirror.changes.push_back(StateChange::Approve);
-        } else if mirror.state.stopped || halted {
+        } else if mirror.state.stopped || halted.is_some() {
             mirror.changes.push_back(StateChange::Stopped(false));
         }
         if local && !self.presented {
@@ -712,15 +743,16 @@ impl Group {
         match self.mirror.as_mut().map(|mirror| &mut mirror.machine) {
             Some(Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+                primary.keep_journal();
             }
             Some(Machine::Secondary(secondary)) => secondary.halt("the secondary is stopping", &mut self.out),
             Some(Machine::Changing(_)) | None => {}
         }
     }
 
-    /// True if no host command and no copy is in flight.
+    /// True if no host command and no copy is in flight, and a stopping primary has put its journal away.
     pub fn is_drained(&self) -> bool {
-        self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
+        !self.is_keeping() && self.volumes.iter().all(|slot| slot.volume.in_flight() == 0)
     }
 
     /// What the next start needs to know of a drained primary; `None` if it must compare instead.
@@ -765,6 +797,9 @@ pub(super) fn forget_primary(out: &mut Outbox) {
         | Purpose::VerifyRead { .. }
         | Purpose::ClearFlush { .. }
         | Purpose::OrphanRead { .. }
+        | Purpose::SpillWrite { .. }
+        | Purpose::SpillRead { .. }
+        | Purpose::SpillSync
         | Purpose::SwitchFlush { .. } => true,
         Purpose::Intent { .. }
         | Purpose::HashRead { .. }

@@ -225,8 +225,10 @@ impl Primary {
     fn drained_tip(&self) -> Option<Tip> {
         let chain = self.chain.as_ref()?;
         let tip = chain.committed();
-        let quiet =
-            self.nothing_in_flight() && self.ring.record_count() == 0 && self.cannot_switch().is_none();
+        let quiet = self.nothing_in_flight()
+            && self.ring.record_count() == 0
+            && !self.spill.is_pending()
+            && self.cannot_switch().is_none();
         let committed = chain.outstanding() == 0 && chain.last() == tip && tip.position == self.position();
         (quiet && committed).then_some(tip)
     }
@@ -361,6 +363,12 @@ impl Group {
         };
         if let Some(reason) = primary.cannot_switch() {
             return Err(VerbRefused(reason));
+        }
+        if primary.spill.is_pending() {
+            return Err(VerbRefused(
+                "the partner is far behind: wait for it with 'farshore mirror wait NAME --for caught-up', then switch"
+                    .into(),
+            ));
         }
         let session = primary.session().filter(|_| presented && primary.admission_open);
         let busy = mirror.planned.is_marking();

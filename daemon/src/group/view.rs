@@ -69,6 +69,8 @@ pub struct MirrorSnapshot {
     pub needs_start: bool,
     /// Payload bytes held in memory for the mirror.
     pub memory: ByteCount,
+    /// Bytes of the spill file in use.
+    pub spilled: ByteCount,
     /// How far behind the target is, and what is done about it.
     pub pressure: Pressure,
 }
@@ -127,6 +129,7 @@ impl Group {
                 bad: ByteCount(0),
                 needs_start: false,
                 memory: ByteCount(0),
+                spilled: ByteCount(0),
                 pressure: Pressure::default(),
             },
         };
@@ -202,13 +205,18 @@ impl Primary {
             rpo: known.then(|| self.rpo.rpo(now)),
             rpo_is_bound: self.rpo.is_bound(),
             backlog: self.backlog(),
-            tier: if folded { JournalTier::DirtyMap } else { JournalTier::Ring },
+            tier: match (folded, self.spill.is_pending()) {
+                (true, _) => JournalTier::DirtyMap,
+                (false, true) => JournalTier::Spill,
+                (false, false) => JournalTier::Ring,
+            },
             resync_remaining: copying.then_some(ByteCount(remaining)),
             orphaned: self.orphaned,
             bad: ByteCount(self.volumes.iter().map(|volume| volume.bad.count().bytes().0).sum()),
             needs_start: self.gate == Gate::Approval
                 || matches!(self.link, Link::Halted { .. } | Link::Stopped),
-            memory: ByteCount(self.ring.bytes()),
+            memory: ByteCount(self.ring.bytes() + self.spill.held_bytes()),
+            spilled: ByteCount(self.spill.space.used_bytes()),
             pressure: Pressure::default(),
         }
     }
@@ -259,6 +267,7 @@ impl Secondary {
             orphaned,
             bad: ByteCount(0),
             needs_start: waiting,
+            spilled: ByteCount(0),
             memory: ByteCount(self.queue.iter().map(|item| item.placement.length).sum::<u64>().min(64 << 20)),
             pressure: Pressure::default(),
         }

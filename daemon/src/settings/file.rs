@@ -53,6 +53,8 @@ settings_file! {
     nbd_client_ca_file: PathBuf,
     /// The most established connections of hosts, 1 to 16384. Default 1024.
     nbd_connections_max: NonZeroU32,
+    /// How long a host may hold memory that other hosts wait for without moving bytes, 1 to 86400. Default 30.
+    nbd_stall_seconds: u64,
     /// Where partners connect (UDP): `IP:PORT`. Default `127.0.0.1:10820`.
     replication_listen: SocketAddr,
     /// Where the console and `/metrics` are: `IP:PORT` or `off`. Default `127.0.0.1:10880`.
@@ -69,6 +71,9 @@ settings_file! {
     mirrored_iops_per_tib: Vec<NonZeroU32>,
     /// The budget of a mirror's ring, at least four cuts. Default 64 MiB.
     ring_bytes: u64,
+    /// The size of a mirror's spill file: what the ring has no room for, in order, before the dirty map; a multiple of
+    /// 4096 from 64 MiB, or 0 for none. Default 8 GiB; with `--dev` 256 MiB.
+    spill_bytes: u64,
     /// The budget of received payloads of a shard. Default 256 MiB.
     receive_pool_bytes: u64,
     /// The longest time between two cuts, 1 to 1000. Default 50.
@@ -109,6 +114,7 @@ impl SettingsFile {
             site,
             data_dir: Some(directory.to_owned()),
             minimum_size_bytes: Some(1 << 20),
+            spill_bytes: Some(256 << 20),
             redo_segment_bytes: Some(32 << 20),
             redo_segments: NonZeroU32::new(16),
             ..Self::default()
@@ -133,6 +139,7 @@ impl From<&Settings> for SettingsFile {
             nbd_key_file: settings.nbd_certificate.clone().map(|files| files.key),
             nbd_client_ca_file: settings.nbd_client_ca.clone(),
             nbd_connections_max: Some(settings.nbd_connections_max),
+            nbd_stall_seconds: Some(settings.nbd_stall.as_secs()),
             replication_listen: Some(settings.replication_listen),
             console_listen: Some(settings.console_listen),
             kek_file: Some(settings.kek_file.clone()),
@@ -141,6 +148,7 @@ impl From<&Settings> for SettingsFile {
             minimum_size_bytes: Some(settings.minimum_size.0),
             mirrored_iops_per_tib: Some(settings.mirrored_iops_per_tib.clone()),
             ring_bytes: Some(settings.ring.0),
+            spill_bytes: Some(settings.spill.0),
             receive_pool_bytes: Some(settings.receive_pool.0),
             cut_interval_milliseconds: Some(milliseconds),
             cut_bytes: Some(settings.cut.0),

@@ -69,6 +69,8 @@ pub struct Settings {
     pub nbd_client_ca: Option<PathBuf>,
     /// The most established connections of hosts.
     pub nbd_connections_max: NonZeroU32,
+    /// How long a host may hold memory that others wait for without moving bytes.
+    pub nbd_stall: Duration,
     /// Where partners connect (UDP).
     pub replication_listen: SocketAddr,
     /// Where the console and `/metrics` are.
@@ -87,6 +89,8 @@ pub struct Settings {
     pub mirrored_iops_per_tib: Vec<NonZeroU32>,
     /// The budget of a mirror's ring.
     pub ring: ByteCount,
+    /// The size of a mirror's spill file; 0 for none.
+    pub spill: ByteCount,
     /// The budget of received payloads of a shard.
     pub receive_pool: ByteCount,
     /// The longest time between two cuts.
@@ -212,6 +216,7 @@ impl Settings {
             nbd_certificate: certificate(file.nbd_certificate_file, file.nbd_key_file)?,
             nbd_client_ca: file.nbd_client_ca_file.map(|path| absolute(&path)),
             nbd_connections_max: file.nbd_connections_max.unwrap_or(CONNECTIONS_DEFAULT),
+            nbd_stall: Duration::from_secs(file.nbd_stall_seconds.unwrap_or(30)),
             nbd_allow_plain: file.nbd_allow_plain.unwrap_or(false),
             replication_listen: file.replication_listen.unwrap_or_else(|| loopback(10_820)),
             console_listen: file.console_listen.unwrap_or_else(|| ConsoleAddress::Tcp(loopback(10_880))),
@@ -222,6 +227,7 @@ impl Settings {
             minimum_size: bytes(file.minimum_size_bytes, 500 << 30),
             mirrored_iops_per_tib: file.mirrored_iops_per_tib.unwrap_or_else(mirrored),
             ring: bytes(file.ring_bytes, 64 * MIB),
+            spill: bytes(file.spill_bytes, 8 << 30),
             receive_pool: bytes(file.receive_pool_bytes, 256 * MIB),
             cut_interval: Duration::from_millis(file.cut_interval_milliseconds.unwrap_or(50)),
             cut: bytes(file.cut_bytes, MIB),
@@ -292,12 +298,16 @@ impl Settings {
         between("cut_bytes", self.cut.0, 64 << 10, 16 * MIB)?;
         // A ring must hold the cut that is on its way and the one that fills.
         between("ring_bytes", self.ring.0, self.cut.0.saturating_mul(4), 1 << 40)?;
+        if self.spill.0 > 0 {
+            between("spill_bytes", self.spill.0, 64 * MIB, 1 << 44)?;
+        }
         between("receive_pool_bytes", self.receive_pool.0, 4 * MIB, 1 << 40)?;
         between("redo_segment_bytes", self.redo_segment.0, self.cut.0.saturating_mul(4), 16 << 30)?;
         between("intent_region_bytes", self.intent_region.0, MIB, 1 << 30)?;
         between("intent_budget_bytes", self.intent_budget.0, self.intent_region.0, 1 << 50)?;
         // All may be of one shard, whose request numbers have 24 bits.
         between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 16_384)?;
+        between("nbd_stall_seconds", self.nbd_stall.as_secs(), 1, 86_400)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
         between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
@@ -309,6 +319,7 @@ impl Settings {
             ("minimum_size_bytes", self.minimum_size),
             ("redo_segment_bytes", self.redo_segment),
             ("cut_bytes", self.cut),
+            ("spill_bytes", self.spill),
         ] {
             if !value.0.is_multiple_of(DATA_UNIT_BYTES) {
                 return Err(refuse(key, value.0, "give a multiple of 4096"));

@@ -56,13 +56,15 @@ pub struct HostConnection {
     pub place: OwnedSemaphorePermit,
 }
 
-/// The files of a mirror's redo log.
+/// The files of a mirror's redo log and spill.
 #[derive(Clone)]
 pub struct RedoFiles {
     /// Segment files in the order of their index.
     pub segments: Vec<File>,
     /// The two checkpoint slots.
     pub checkpoint: File,
+    /// The spill file, if there is one.
+    pub spill: Option<File>,
 }
 
 /// What a new group starts as.

@@ -3,9 +3,11 @@
 //! A small write's payload is copied once, from the receive buffer to its own aligned buffer; the rest of a larger one
 //! is received straight into it. A connection that has too much on its way is not read from: that is the back-pressure.
 
-use block::{ByteRange, Extent, HostCommand, VolumeId, VolumeIndex};
+use std::ops::Bound;
+
+use block::{ByteRange, Extent, HostCommand, Monotonic, VolumeId, VolumeIndex};
 use bytes::{Bytes, BytesMut};
-use control::{Peer, VolumeAccess};
+use control::Peer;
 use engine::STEP_BYTES_MAX;
 use engine::volume::STEPS_IN_FLIGHT_MAX;
 use frontend::nbd::{Cookie, Event, ReplyStyle, Transmission};
@@ -16,6 +18,7 @@ use super::command::HostConnection;
 use super::datapath::{EXTENTS_MAX, Pending};
 use super::output::Output;
 use super::requests::{HostPayload, Parts, Request};
+use super::stalled::PROGRESS_BYTES;
 use super::tls::TlsSession;
 use super::{GroupKey, Shard, holes};
 
@@ -43,16 +46,19 @@ pub(super) struct ConnectionId(pub(super) usize);
 pub(super) struct Arriving {
     pub(super) cookie: Cookie,
     pub(super) command: HostCommand,
-    pub(super) buffer: Buffer,
+    /// `None` while the kernel has it.
+    pub(super) buffer: Option<Buffer>,
+    pub(super) length: usize,
     pub(super) filled: usize,
+    /// When the last piece of it was there.
+    pub(super) since: Monotonic,
 }
 
 /// A read or write that waits for memory.
 #[derive(Clone, Copy)]
-struct Waiting {
+pub(super) struct Waiting {
     cookie: Cookie,
     command: HostCommand,
-    length: usize,
 }
 
 /// What came of asking for a waiting command's memory.
@@ -91,17 +97,19 @@ pub(super) struct Connection {
     bulky: bool,
     /// The last receive got all that there was.
     quiet: bool,
-    waiting: Option<Waiting>,
+    pub(super) waiting: Option<Waiting>,
     commands: usize,
     /// Bytes of its commands on their way, with those of replies that are not sent.
     bytes: usize,
     pub(super) output: Output,
+    /// When the send on its way began.
+    pub(super) sending_since: Monotonic,
     /// Closes as soon as its commands are answered.
-    ending: bool,
+    pub(super) ending: bool,
     pub(super) closed: bool,
     /// Its host, and whether it was let in to read only.
-    peer: Peer,
-    read_only: bool,
+    pub(super) peer: Peer,
+    pub(super) read_only: bool,
     _place: OwnedSemaphorePermit,
 }
 
@@ -115,6 +123,16 @@ impl Connection {
     /// True if nothing is left to be sent.
     pub(super) fn is_flushed(&self) -> bool {
         self.output.is_flushed()
+    }
+
+    /// Memory of requests that it holds.
+    pub(super) const fn held_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Its host, if that is known.
+    pub(super) fn host(&self) -> Option<&str> {
+        self.peer.identity.as_ref().map(control::HostIdentity::as_str)
     }
 }
 
@@ -149,6 +167,7 @@ impl Shard {
             commands: 0,
             bytes: 0,
             output: Output::default(),
+            sending_since: self.now,
             ending: false,
             closed: false,
             peer,
@@ -190,13 +209,13 @@ impl Shard {
                 Event::NeedMore => break,
                 Event::Request { cookie, command } => {
                     connection.bulky = false;
-                    connection.waiting = Some(Waiting { cookie, command, length: charge(&command) });
+                    connection.waiting = Some(Waiting { cookie, command });
                     self.take_memory(id);
                 }
                 Event::WritePayload { cookie, command, length } => {
                     let length = usize::try_from(length).unwrap_or(usize::MAX);
                     connection.bulky = length >= BULKY_BYTES;
-                    connection.waiting = Some(Waiting { cookie, command, length });
+                    connection.waiting = Some(Waiting { cookie, command });
                     self.take_memory(id);
                 }
                 Event::Served { cookie } => {
@@ -239,15 +258,16 @@ impl Shard {
     }
 
     fn try_take_memory(&mut self, id: ConnectionId) -> Taken {
+        let since = self.now;
         let Some(connection) = self.connections.get_mut(id.0).filter(|connection| !connection.closed) else {
             return Taken::Yes;
         };
-        let Some(Waiting { cookie, command, length }) = connection.waiting else {
+        let Some(Waiting { cookie, command }) = connection.waiting else {
             return Taken::Yes;
         };
         let charged = charge(&command);
-        let own_full = connection.bytes > 0 && connection.bytes + charged > self.request_bytes_max / SHARE;
-        let all_full = self.request_bytes > 0 && self.request_bytes + charged > self.request_bytes_max;
+        let own_full = connection.bytes > 0 && connection.bytes + charged > self.limits.receive_bytes / SHARE;
+        let all_full = self.request_bytes > 0 && self.request_bytes + charged > self.limits.receive_bytes;
         if own_full {
             // It goes on when one of its own replies is sent, and holds up nobody else meanwhile.
             return Taken::OwnFull;
@@ -258,10 +278,11 @@ impl Shard {
         connection.bytes += charged;
         self.request_bytes += charged;
         connection.waiting = None;
-        if !matches!(command, HostCommand::Write { .. }) {
+        let HostCommand::Write { range, .. } = command else {
             self.submit_command(id, cookie, command, HostPayload::Nothing);
             return Taken::Yes;
-        }
+        };
+        let length = usize::try_from(range.length()).unwrap_or(usize::MAX);
         let mut buffer = self.pool.take_over(length);
         let available = connection.unparsed.len().min(length);
         let start = connection.unparsed.start;
@@ -273,13 +294,23 @@ impl Shard {
         if available == length {
             self.submit_command(id, cookie, command, HostPayload::Whole(buffer));
         } else {
-            connection.arriving = Some(Arriving { cookie, command, buffer, filled: available });
+            let buffer = Some(buffer);
+            connection.arriving =
+                Some(Arriving { cookie, command, buffer, length, filled: available, since });
         }
         Taken::Yes
     }
 
+    /// What the first of those who wait for memory lacks.
+    pub(super) fn missing_bytes(&self) -> usize {
+        let first = self.starved.front().and_then(|id| self.connections.get(id.0)?.waiting);
+        let wanted = first.map_or(0, |waiting| charge(&waiting.command));
+        (self.request_bytes + wanted).saturating_sub(self.limits.receive_bytes)
+    }
+
     /// Connections that waited for memory try again, in their order: a large command that waits is not overtaken.
     pub(super) fn feed_starved(&mut self) {
+        self.memory_freed = false;
         while let Some(id) = self.starved.pop_front() {
             match self.try_take_memory(id) {
                 Taken::Yes => self.parse(id),
@@ -298,58 +329,64 @@ impl Shard {
             return;
         }
         let socket = connection.socket.clone();
-        let arriving = connection.arriving.take_if(|_| connection.tls.is_none());
-        let (pending, buffer, range, fill, quiet) = match arriving {
-            Some(Arriving { cookie, command, buffer, filled }) => {
-                let range = filled..buffer.len();
-                let missing = range.len();
-                (Pending::ReceivePayload { id, cookie, command, missing }, buffer, range, true, false)
+        let clear = connection.tls.is_none();
+        let (pending, buffer, range, fill, quiet) = match &mut connection.arriving {
+            Some(arriving) if clear => {
+                let Some(buffer) = arriving.buffer.take() else {
+                    return;
+                };
+                let range = arriving.filled..arriving.length.min(arriving.filled + PROGRESS_BYTES);
+                (Pending::ReceivePayload { id, asked: range.len() }, buffer, range, true, false)
             }
-            None => {
+            Some(_) | None => {
                 let Some(input) = connection.input.take() else {
                     return;
                 };
                 assert!(connection.unparsed.is_empty(), "a parser that needs more has used everything");
-                let bulky = connection.bulky && connection.tls.is_none();
-                let most = if bulky { RECEIVE_BYTES_BULKY } else { input.len() };
+                let most = if connection.bulky && clear { RECEIVE_BYTES_BULKY } else { input.len() };
                 let range = 0..most.min(input.len());
-                (Pending::Receive { id }, input, range, false, connection.quiet)
+                (Pending::Receive { id, asked: range.len() }, input, range, false, connection.quiet)
             }
         };
         connection.intake = Intake::Receiving;
         self.submit(pending, Operation::Receive { socket, buffer, range, fill, quiet });
     }
 
-    pub(super) fn received(&mut self, id: ConnectionId, buffer: Buffer, count: Option<usize>) {
+    /// A receive ended: `count` bytes of the `asked` ones came, or it failed.
+    pub(super) fn received(&mut self, id: ConnectionId, buffer: Buffer, asked: usize, count: Option<usize>) {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
         let some = count.is_some_and(|count| count > 0);
-        let asked = if connection.bulky { RECEIVE_BYTES_BULKY } else { buffer.len() };
         connection.quiet = count.is_some_and(|count| count < asked);
         if connection.tls.is_some() && some && !connection.closed {
-            return self.received_sealed(id, buffer, count.unwrap_or(0));
+            return self.opening.push_back((id, buffer, count.unwrap_or(0)));
         }
         connection.input = Some(buffer);
         connection.unparsed = 0..count.unwrap_or(0);
         self.received_some(id, some);
     }
 
-    pub(super) fn received_payload(
-        &mut self,
-        id: ConnectionId,
-        cookie: Cookie,
-        command: HostCommand,
-        buffer: Buffer,
-        whole: bool,
-    ) {
-        let open = self.connections.get(id.0).is_some_and(|connection| !connection.closed);
-        if whole && open {
-            self.submit_command(id, cookie, command, HostPayload::Whole(buffer));
-        } else {
-            self.release_memory(Some(id), charge(&command));
+    /// A piece of a payload, of `length` bytes, is there, or cannot be had any more.
+    pub(super) fn received_payload(&mut self, id: ConnectionId, buffer: Buffer, length: Option<usize>) {
+        let now = self.now;
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
+        let length = length.filter(|_| !connection.closed);
+        if let Some(arriving) = &mut connection.arriving {
+            arriving.filled += length.unwrap_or(0);
+            arriving.since = now;
+            arriving.buffer = Some(buffer);
         }
-        self.received_some(id, whole);
+        let ended = |arriving: &mut Arriving| length.is_none() || arriving.filled == arriving.length;
+        if let Some(Arriving { cookie, command, buffer, .. }) = connection.arriving.take_if(ended) {
+            match buffer.filter(|_| length.is_some()) {
+                Some(payload) => self.submit_command(id, cookie, command, HostPayload::Whole(payload)),
+                None => self.release_memory(Some(id), charge(&command)),
+            }
+        }
+        self.received_some(id, length.is_some());
     }
 
     pub(super) fn received_some(&mut self, id: ConnectionId, some: bool) {
@@ -370,6 +407,7 @@ impl Shard {
     pub(super) fn release_memory(&mut self, id: Option<ConnectionId>, bytes: usize) {
         assert!(bytes <= self.request_bytes, "a command's bytes are charged once");
         self.request_bytes -= bytes;
+        self.memory_freed |= bytes > 0;
         if let Some(connection) = id.and_then(|id| self.connections.get_mut(id.0)) {
             assert!(bytes <= connection.bytes, "a command's bytes are charged to its connection");
             connection.bytes -= bytes;
@@ -453,9 +491,22 @@ impl Shard {
         self.flushing.insert(id);
     }
 
-    /// Sends what has gathered, one send a connection.
+    /// Sends what has gathered, one send a connection. Of those through TLS, which have to be sealed, some wait for the
+    /// next turn when the budget of this one is used up; the one that was served last comes last.
     pub(super) fn send_replies(&mut self) {
-        for id in std::mem::take(&mut self.flushing) {
+        let flushing = std::mem::take(&mut self.flushing);
+        let last = self.sealed_last;
+        let after = (Bound::Excluded(last), Bound::Unbounded);
+        let mut sealed = false;
+        for id in flushing.range(after).chain(flushing.range(..=last)).copied() {
+            if self.connections.get(id.0).is_some_and(|connection| connection.tls.is_some()) {
+                if sealed && self.budget == 0 {
+                    self.flushing.insert(id);
+                    continue;
+                }
+                sealed = true;
+                self.sealed_last = id;
+            }
             self.send_gathered(id);
             // A connection that was paused by too many commands goes on.
             let connection = self.connections.get(id.0);
@@ -481,7 +532,8 @@ impl Shard {
         if connection.tls.is_some() {
             return self.send_sealed(id);
         }
-        if let Some(pieces) = connection.output.begin_send(usize::MAX) {
+        if let Some(pieces) = connection.output.begin_send(PROGRESS_BYTES) {
+            connection.sending_since = self.now;
             let socket = connection.socket.clone();
             return self
                 .submit(Pending::Send { id }, Operation::Send { socket, data: Payload::Many(pieces) });
@@ -502,84 +554,6 @@ impl Shard {
             return self.close(id);
         }
         self.flushing.insert(id);
-    }
-
-    /// Closes a connection: commands that have not begun are dropped, the others end without a reply.
-    pub(super) fn close(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.get_mut(id.0) else {
-            return;
-        };
-        if !connection.closed {
-            connection.closed = true;
-            let _ = connection.socket.shutdown();
-            let key = connection.key;
-            connection.waiting = None;
-            let unsent = connection.output.abandon();
-            let arriving = connection.arriving.take().map_or(0, |arriving| charge(&arriving.command));
-            self.release_memory(Some(id), unsent + arriving);
-            self.starved.retain(|starved| *starved != id);
-            self.forget_requests(id);
-            if let Some(served) = self.groups.get_mut(&key) {
-                served.connections.remove(&id);
-                self.touched.insert(key);
-            }
-        }
-        let Some(connection) = self.connections.get(id.0) else {
-            return;
-        };
-        if !connection.output.is_sending() && !matches!(connection.intake, Intake::Receiving) {
-            self.connections.remove(id.0);
-            self.flushing.remove(&id);
-        }
-    }
-
-    /// Ends a group's connections once their commands are answered: no more is read from them.
-    pub(super) fn end_connections(&mut self, key: GroupKey) {
-        let ids: Vec<ConnectionId> = self
-            .groups
-            .get(&key)
-            .map(|served| served.connections.iter().copied().collect())
-            .unwrap_or_default();
-        for id in ids {
-            if let Some(connection) = self.connections.get_mut(id.0) {
-                connection.ending = true;
-                self.flushing.insert(id);
-            }
-        }
-    }
-
-    /// Closes the connections to a volume whose hosts may not have them any more.
-    pub(super) fn apply_access(&mut self, key: GroupKey, volume: VolumeId, access: &VolumeAccess) {
-        let (Some(index), Some(served)) = (self.volume_index(key, volume), self.groups.get(&key)) else {
-            return;
-        };
-        let lost = |id: &&ConnectionId| {
-            self.connections.get(id.0).is_some_and(|connection| {
-                connection.volume == index && !access.permits(&connection.peer, connection.read_only)
-            })
-        };
-        let lost: Vec<ConnectionId> = served.connections.iter().filter(lost).copied().collect();
-        if !lost.is_empty() {
-            tracing::info!(count = lost.len(), "host connections are closed: their access was taken back");
-        }
-        for id in lost {
-            self.close(id);
-        }
-    }
-
-    /// Closes a group's connections at once.
-    pub(super) fn close_connections(&mut self, key: GroupKey, reason: &str) {
-        let ids: Vec<ConnectionId> = self
-            .groups
-            .get(&key)
-            .map(|served| served.connections.iter().copied().collect())
-            .unwrap_or_default();
-        if !ids.is_empty() {
-            tracing::info!(count = ids.len(), reason, "host connections are closed");
-        }
-        for id in ids {
-            self.close(id);
-        }
     }
 }
 

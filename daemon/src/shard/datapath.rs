@@ -3,7 +3,6 @@
 use block::{ByteRange, DATA_UNIT_BYTES, HostCommand, HostError, HostResult, Lba, VolumeIndex};
 use bytes::Bytes;
 use engine::{CommandId, StepId};
-use frontend::nbd::Cookie;
 use store::{Buffer, Completion, File, Operation, Payload, Returned};
 
 use super::connection::{ConnectionId, charge};
@@ -16,6 +15,7 @@ use crate::group::{Effect, IoId, Loudness};
 const UNIT: usize = 4096;
 /// errno of an operation that a file system does not know.
 const EOPNOTSUPP: i32 = 95;
+const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
 const EDQUOT: i32 = 122;
 const EFBIG: i32 = 27;
@@ -39,12 +39,12 @@ pub(super) struct Merge {
 pub(super) enum Pending {
     Receive {
         id: ConnectionId,
+        asked: usize,
     },
+    /// A piece of the payload that the connection has arriving.
     ReceivePayload {
         id: ConnectionId,
-        cookie: Cookie,
-        command: HostCommand,
-        missing: usize,
+        asked: usize,
     },
     Send {
         id: ConnectionId,
@@ -92,6 +92,20 @@ pub(super) enum Pending {
         io: IoId,
         target: IoTarget,
     },
+    /// One of these that makes something durable on a home in the page cache.
+    Sync {
+        key: GroupKey,
+        volume: VolumeIndex,
+        number: u64,
+        of: Box<Self>,
+    },
+}
+
+/// The end of an operation, and what it was for.
+pub(super) struct Ended {
+    pending: Box<Pending>,
+    result: std::io::Result<usize>,
+    returned: Returned,
 }
 
 impl Shard {
@@ -119,8 +133,7 @@ impl Shard {
                 });
             }
             Effect::Flush { volume, step } => {
-                let pending = Pending::Flush { key, volume, step };
-                self.on_home(key, volume, pending, |file| Operation::Fdatasync { file });
+                self.flush_home(key, volume, Pending::Flush { key, volume, step });
             }
             Effect::Inquire { volume, step, command } => self.inquire(key, volume, step, command),
             Effect::Reply { command, result, .. } => self.answer(command, result),
@@ -208,7 +221,37 @@ impl Shard {
         data: Payload,
         durable: bool,
     ) {
+        let pending = if durable { self.sync(key, volume, pending) } else { pending };
         self.on_home(key, volume, pending, |file| Operation::Write { file, offset, data, durable });
+    }
+
+    pub(super) fn flush_home(&mut self, key: GroupKey, volume: VolumeIndex, pending: Pending) {
+        let pending = self.sync(key, volume, pending);
+        self.on_home(key, volume, pending, |file| Operation::Fdatasync { file });
+    }
+
+    /// Counts a sync of a home in the page cache among those that run beside it.
+    fn sync(&mut self, key: GroupKey, volume: VolumeIndex, pending: Pending) -> Pending {
+        let served = self.groups.get_mut(&key);
+        match served.and_then(|served| served.volumes.get_mut(usize::from(volume.0))) {
+            Some(home) if !home.files.home.is_direct() => {
+                Pending::Sync { key, volume, number: home.syncs.begin(), of: Box::new(pending) }
+            }
+            Some(_) | None => pending,
+        }
+    }
+
+    /// A sync ended: it and others are told of as far as they are known to have ended well.
+    fn sync_ended(&mut self, key: GroupKey, volume: VolumeIndex, number: u64, ended: Ended) {
+        let served = self.groups.get_mut(&key);
+        let Some(home) = served.and_then(|served| served.volumes.get_mut(usize::from(volume.0))) else {
+            return;
+        };
+        for (ended, believed) in home.syncs.end(number, ended.result.is_ok(), ended) {
+            let Ended { pending, result, returned } = ended;
+            let lost = std::io::Error::from_raw_os_error(EIO);
+            self.settle(*pending, if believed { result } else { result.and(Err(lost)) }, returned);
+        }
     }
 
     /// The same bytes at an address that direct I/O takes.
@@ -334,9 +377,9 @@ impl Shard {
         });
     }
 
-    /// Seals and opens at most `budget` bytes.
-    pub(super) fn work_sealing(&mut self, budget: &mut usize) {
-        for job in self.sealing.turn(budget) {
+    /// Seals and opens what the turn's budget allows.
+    pub(super) fn work_sealing(&mut self) {
+        for job in self.sealing.turn(&mut self.budget) {
             let (key, volume) = (job.key, job.volume);
             match job.then {
                 Then::Deliver { step, command, device, wanted } => {
@@ -461,22 +504,27 @@ impl Shard {
     pub(super) fn complete(&mut self, completion: Completion) {
         let Completion { token, result, returned } = completion;
         let index = usize::try_from(token.0).unwrap_or(usize::MAX);
-        let Some(pending) = self.pending.try_remove(index) else {
-            return;
-        };
+        if let Some(pending) = self.pending.try_remove(index) {
+            self.settle(pending, result, returned);
+        }
+    }
+
+    fn settle(&mut self, pending: Pending, result: std::io::Result<usize>, returned: Returned) {
         let outcome = result.as_ref().map(|_| ()).map_err(host_error);
         match pending {
-            Pending::Receive { id } => {
+            Pending::Receive { id, asked } => {
                 if let Some(buffer) = returned.into_buffer() {
-                    self.received(id, buffer, result.ok());
+                    self.received(id, buffer, asked, result.ok());
                 }
             }
-            Pending::ReceivePayload { id, cookie, command, missing } => {
+            Pending::ReceivePayload { id, asked } => {
                 if let Some(buffer) = returned.into_buffer() {
                     // Less than asked for means that the client closed in the middle of its payload.
-                    let whole = result.is_ok_and(|count| count == missing);
-                    self.received_payload(id, cookie, command, buffer, whole);
+                    self.received_payload(id, buffer, result.ok().filter(|count| *count == asked));
                 }
+            }
+            Pending::Sync { key, volume, number, of } => {
+                self.sync_ended(key, volume, number, Ended { pending: of, result, returned });
             }
             Pending::Send { id } => {
                 let pieces = returned.into_payload().map(Payload::into_pieces).unwrap_or_default();

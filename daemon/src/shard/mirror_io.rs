@@ -56,9 +56,7 @@ impl Shard {
             IoRequest::HomeZero { volume, range, trim } => self.zero_home(key, io, volume, range, trim),
             IoRequest::HomeFlush { volume } => {
                 let target = IoTarget::Done { operation: "flushing a volume" };
-                self.on_home(key, volume, Pending::Io { key, io, target }, |file| Operation::Fdatasync {
-                    file,
-                });
+                self.flush_home(key, volume, Pending::Io { key, io, target });
             }
             IoRequest::IntentWrite { volume, offset, page } => {
                 let served = self.groups.get(&key);
@@ -78,13 +76,29 @@ impl Shard {
                 }
                 None => self.no_file(key, io, "flushing redo"),
             },
-            IoRequest::RedoRead { file, offset, length } => self.read_redo(key, io, file, offset, length),
+            IoRequest::RedoRead { file, offset, length } => {
+                let file = self.segment(key, file);
+                self.read_file(key, io, file, "reading redo", offset, length);
+            }
             IoRequest::CheckpointWrite { slot, page } => {
                 let file =
                     self.groups.get(&key).and_then(|served| Some(served.redo.as_ref()?.checkpoint.clone()));
                 let offset = slot * u64::try_from(page.len()).unwrap_or(0);
                 self.write_file(key, io, file, "writing the redo checkpoint", offset, page, true);
             }
+            IoRequest::SpillWrite { offset, data } => self.write_spill(key, io, offset, data),
+            IoRequest::SpillRead { offset, length } => {
+                let file = self.spill_file(key);
+                self.read_file(key, io, file, "reading the spill file", offset, length);
+            }
+            IoRequest::SpillSync => match self.spill_file(key) {
+                Some(file) => {
+                    let target = IoTarget::Done { operation: "flushing the spill file" };
+                    self.count(key, 1);
+                    self.submit(Pending::Io { key, io, target }, Operation::Fdatasync { file });
+                }
+                None => self.no_file(key, io, "flushing the spill file"),
+            },
             IoRequest::Persist(state) => self.tell(ShardNews::Persist { key, io, state }),
         }
     }
@@ -92,6 +106,22 @@ impl Shard {
     fn segment(&self, key: GroupKey, file: u32) -> Option<File> {
         let redo = self.groups.get(&key)?.redo.as_ref()?;
         redo.segments.get(usize::try_from(file).ok()?).cloned()
+    }
+
+    fn spill_file(&self, key: GroupKey) -> Option<File> {
+        self.groups.get(&key)?.redo.as_ref()?.spill.clone()
+    }
+
+    /// The pieces of a segment are written from where they are.
+    fn write_spill(&mut self, key: GroupKey, io: IoId, offset: u64, data: Vec<Bytes>) {
+        let operation = "writing the spill file";
+        let Some(file) = self.spill_file(key) else {
+            return self.no_file(key, io, operation);
+        };
+        let data = Payload::Many(data.into_iter().map(|piece| self.aligned(piece)).collect());
+        self.count(key, 1);
+        let pending = Pending::Io { key, io, target: IoTarget::Done { operation } };
+        self.submit(pending, Operation::Write { file, offset, data, durable: false });
     }
 
     fn no_file(&mut self, key: GroupKey, io: IoId, operation: &'static str) {
@@ -119,9 +149,16 @@ impl Shard {
         self.submit(pending, Operation::Write { file, offset, data, durable });
     }
 
-    fn read_redo(&mut self, key: GroupKey, io: IoId, file: u32, offset: u64, length: u64) {
-        let operation = "reading redo";
-        let (Some(file), Ok(length)) = (self.segment(key, file), usize::try_from(length)) else {
+    fn read_file(
+        &mut self,
+        key: GroupKey,
+        io: IoId,
+        file: Option<File>,
+        operation: &'static str,
+        offset: u64,
+        length: u64,
+    ) {
+        let (Some(file), Ok(length)) = (file, usize::try_from(length)) else {
             return self.no_file(key, io, operation);
         };
         let buffer = self.pool.take_over(length);

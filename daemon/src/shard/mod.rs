@@ -4,6 +4,7 @@
 //! group and everything of it lives on one shard, so the data path has no locks. It sleeps when there is nothing to do.
 
 mod clock;
+mod closing;
 mod command;
 mod connection;
 mod datapath;
@@ -14,6 +15,8 @@ mod output;
 mod requests;
 mod sealing;
 mod secured;
+mod stalled;
+mod syncs;
 mod tls;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -28,7 +31,7 @@ use bytes::Bytes;
 use engine::CommandId;
 use replicator::Wake;
 use slab::Slab;
-use store::{BufferPool, Completion, Operation, Ring, Token, Waker};
+use store::{Buffer, BufferPool, Completion, Operation, Ring, Token, Waker};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::group::{CleanState, Group};
@@ -41,11 +44,12 @@ pub use command::{
 pub use tls::{Progress, TlsError, TlsSession};
 
 use connection::{Connection, ConnectionId};
-use datapath::Pending;
+use datapath::{Ended, Pending};
 use meters::VolumeMeters;
 use mirror_io::Link;
 use requests::Requests;
 use sealing::{Sealing, TURN_BYTES};
+use syncs::Syncs;
 
 /// Submissions that one system call takes to the kernel.
 const RING_ENTRIES: u32 = 1024;
@@ -55,6 +59,8 @@ const ZEROS_BYTES: usize = 1 << 20;
 const ROUNDS_MAX: usize = 8;
 /// A shard that was idle for so long gives resting memory back to the system.
 const IDLE_TRIM: Duration = Duration::from_secs(2);
+/// Once its groups are drained a shard waits so long for hosts to read their last replies.
+const LAST_REPLIES: Duration = Duration::from_secs(3);
 /// A shard without work and timers wakes up this often, to notice a clock that was wrong.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
 
@@ -62,6 +68,17 @@ const SLEEP_MAX: Duration = Duration::from_secs(60);
 struct ServedVolume {
     files: VolumeFiles,
     meters: VolumeMeters,
+    /// Of its home, if that is in the page cache.
+    syncs: Syncs<Ended>,
+}
+
+/// What hosts may hold of a shard.
+#[derive(Clone, Copy, Debug)]
+pub struct HostLimits {
+    /// Memory of requests on their way.
+    pub receive_bytes: usize,
+    /// How long one may hold some that others wait for, without moving bytes.
+    pub stall: Duration,
 }
 
 /// A group on this shard.
@@ -80,6 +97,8 @@ struct Served {
 /// A drain that waits for its groups.
 struct Draining {
     done: oneshot::Sender<Vec<(GroupKey, Option<CleanState>)>>,
+    /// From when on no host is waited for, once the groups are drained.
+    replies_until: Option<Monotonic>,
 }
 
 /// Sessions that have something for their group; rung from tokio's threads.
@@ -111,9 +130,9 @@ struct Shard {
     groups: BTreeMap<GroupKey, Served>,
     connections: Slab<Connection>,
     requests: Requests,
-    /// Payload bytes of requests on their way, and their bound.
+    /// Payload bytes of requests on their way.
     request_bytes: usize,
-    request_bytes_max: usize,
+    limits: HostLimits,
     /// Requests whose connection is gone.
     forgotten: Vec<CommandId>,
     /// Groups whose effects must be polled.
@@ -123,6 +142,16 @@ struct Shard {
     flushing: BTreeSet<ConnectionId>,
     /// Connections that wait for memory, first come, first served.
     starved: VecDeque<ConnectionId>,
+    /// Memory of requests was released since the starved ones tried last.
+    memory_freed: bool,
+    /// When those whom they wait for are looked at next.
+    stall_check_at: Option<Monotonic>,
+    /// What connections through TLS received, and that is not opened yet, with its length.
+    opening: VecDeque<(ConnectionId, Buffer, usize)>,
+    /// The connection whose replies were sealed last.
+    sealed_last: ConnectionId,
+    /// Bytes that this turn may still seal and open.
+    budget: usize,
     sealing: Sealing,
     zeros: Bytes,
     bell: Bell,
@@ -136,13 +165,13 @@ struct Shard {
     wall: WallTime,
 }
 
-/// Starts shard `index`; its news carry the index. `receive_bytes` bounds the memory of requests on their way.
+/// Starts shard `index`; its news carry the index.
 ///
 /// # Errors
 /// If the kernel offers no io_uring or no thread.
 pub fn start(
     index: usize,
-    receive_bytes: usize,
+    limits: HostLimits,
     news: mpsc::UnboundedSender<(usize, ShardNews)>,
 ) -> io::Result<(ShardHandle, JoinHandle<()>)> {
     let waker = Waker::new()?;
@@ -152,7 +181,7 @@ pub fn start(
         match Ring::with_waker(RING_ENTRIES, waker.clone()) {
             Ok(ring) => {
                 let _ = ready.send(None);
-                Shard::new(index, ring, waker, receive_bytes, commands, news).run();
+                Shard::new(index, ring, waker, limits, commands, news).run();
             }
             Err(error) => {
                 let _ = ready.send(Some(io::Error::other(error)));
@@ -171,11 +200,11 @@ impl Shard {
         index: usize,
         ring: Ring,
         waker: Waker,
-        receive_bytes: usize,
+        limits: HostLimits,
         commands: Receiver<ShardCommand>,
         news: mpsc::UnboundedSender<(usize, ShardNews)>,
     ) -> Self {
-        let pool = BufferPool::new(receive_bytes);
+        let pool = BufferPool::new(limits.receive_bytes);
         let mut zeros = pool.take_over(ZEROS_BYTES);
         zeros.fill(0);
         Self {
@@ -186,12 +215,17 @@ impl Shard {
             connections: Slab::new(),
             requests: Requests::default(),
             request_bytes: 0,
-            request_bytes_max: receive_bytes,
+            limits,
             forgotten: Vec::new(),
             touched: BTreeSet::new(),
             timers: BTreeSet::new(),
             flushing: BTreeSet::new(),
             starved: VecDeque::new(),
+            memory_freed: false,
+            stall_check_at: None,
+            opening: VecDeque::new(),
+            sealed_last: ConnectionId(0),
+            budget: TURN_BYTES,
             sealing: Sealing::default(),
             zeros: zeros.freeze(),
             bell: Bell { rung: Arc::default(), waker },
@@ -235,11 +269,13 @@ impl Shard {
                 self.pump_links(key);
             }
             self.fire_timers();
+            self.open_received();
             self.work();
             if !self.forgotten.is_empty() {
                 self.drop_forgotten();
             }
             self.feed_starved();
+            self.end_stalled();
             self.send_replies();
             self.finish_draining();
         }
@@ -248,27 +284,32 @@ impl Shard {
     /// Seals and opens, and performs the effects of the groups that something happened to, until neither leads to more
     /// of the other: what a write's payload or a read's data leads to reaches the kernel with one system call.
     fn work(&mut self) {
-        let mut budget = TURN_BYTES;
         for _ in 0..ROUNDS_MAX {
-            self.work_sealing(&mut budget);
+            self.work_sealing();
             self.turn_groups();
-            if self.touched.is_empty() && (self.sealing.is_empty() || budget == 0) {
+            if self.touched.is_empty() && (self.sealing.is_empty() || self.budget == 0) {
                 return;
             }
         }
     }
 
     fn timeout(&self) -> Duration {
-        if !self.sealing.is_empty() || !self.touched.is_empty() {
+        let fed = self.starved.is_empty() || !self.memory_freed;
+        let idle = self.sealing.is_empty() && self.opening.is_empty() && fed;
+        if !idle || !self.touched.is_empty() || !self.flushing.is_empty() {
             return Duration::ZERO;
         }
-        self.timers.first().map_or(SLEEP_MAX, |(at, _)| at.since(monotonic()).min(SLEEP_MAX))
+        let timer = self.timers.first().map(|(at, _)| *at);
+        let replies = self.draining.as_ref().and_then(|draining| draining.replies_until);
+        let next = [timer, self.stall_check_at, replies].into_iter().flatten().min();
+        next.map_or(SLEEP_MAX, |at| at.since(monotonic()).min(SLEEP_MAX))
     }
 
     /// The clocks are read once a turn: everything in it happens at that time.
     fn read_clocks(&mut self) {
         self.now = monotonic();
         self.wall = wall();
+        self.budget = TURN_BYTES;
     }
 
     fn take_commands(&mut self) {
@@ -420,7 +461,10 @@ impl Shard {
         }
         let volumes = files
             .into_iter()
-            .map(|files| ServedVolume { meters: VolumeMeters::new(&files.name), files })
+            .map(|files| {
+                let meters = VolumeMeters::new(&files.name);
+                ServedVolume { files, meters, syncs: Syncs::default() }
+            })
             .collect();
         let served = Served {
             group,
@@ -512,20 +556,25 @@ impl Shard {
             served.group.drain();
             self.touched.insert(*key);
         }
-        self.draining = Some(Draining { done });
+        self.draining = Some(Draining { done, replies_until: None });
         self.turn_groups();
     }
 
+    /// Tells of the groups when they are drained, and hosts have their last replies, if they take them.
     fn finish_draining(&mut self) {
-        if self.draining.is_none() {
+        let Some(draining) = &mut self.draining else {
             return;
-        }
+        };
         let drained = self.groups.values().all(|served| served.group.is_drained() && served.outstanding == 0);
-        let flushed = self.connections.iter().all(|(_, connection)| connection.is_flushed());
-        if !drained || !self.flushing.is_empty() || !flushed {
+        if !drained {
             return;
         }
-        if let Some(Draining { done }) = self.draining.take() {
+        let until = *draining.replies_until.get_or_insert(self.now + LAST_REPLIES);
+        let flushed = self.connections.iter().all(|(_, connection)| connection.is_flushed());
+        if self.now < until && (!self.flushing.is_empty() || !flushed) {
+            return;
+        }
+        if let Some(Draining { done, .. }) = self.draining.take() {
             let states = self.groups.iter_mut().map(|(key, served)| (*key, served.group.clean_state()));
             let _ = done.send(states.collect());
         }

@@ -51,8 +51,8 @@ impl Output {
         self.sending
     }
 
-    /// The pieces of the next send, of at most `bytes_max` bytes unless the first is longer; `None` if there are none,
-    /// or a send is on its way.
+    /// The pieces of the next send, of at most `bytes_max` bytes, which is not 0; `None` if there are none, or a send is
+    /// on its way.
     pub(super) fn begin_send(&mut self, bytes_max: usize) -> Option<Vec<Bytes>> {
         if self.sending {
             return None;
@@ -62,16 +62,30 @@ impl Output {
             return None;
         }
         let mut send = std::mem::take(&mut self.spare);
-        let count = self.count_within(bytes_max);
+        let (count, room) = self.count_within(bytes_max);
         if count == self.pieces.len() {
             std::mem::swap(&mut send, &mut self.pieces);
             self.sending_charge = self.charges.drain(..).sum();
         } else {
             send.extend(self.pieces.drain(..count));
             self.sending_charge = self.charges.drain(..count).sum();
+            self.begin_part(&mut send, room);
         }
         self.sending = true;
         Some(send)
+    }
+
+    /// Adds the beginning of the next piece, which is longer than `room`, to a send.
+    fn begin_part(&mut self, send: &mut Vec<Bytes>, room: usize) {
+        if let (Some(piece), Some(charge)) = (self.pieces.first_mut(), self.charges.first_mut())
+            && room > 0
+            && send.len() < PIECES_MAX
+        {
+            send.push(piece.split_to(room.min(piece.len())));
+            let charged = room.min(*charge);
+            *charge -= charged;
+            self.sending_charge += charged;
+        }
     }
 
     /// Claims the sending direction for bytes that are no replies; false if a send is on its way.
@@ -95,17 +109,15 @@ impl Output {
         self.charges.drain(..).sum()
     }
 
-    fn count_within(&self, bytes_max: usize) -> usize {
-        let most = self.pieces.len().min(PIECES_MAX);
-        if bytes_max == usize::MAX {
-            return most;
-        }
-        let mut bytes = 0_usize;
-        let fits = |piece: &&Bytes| {
-            bytes = bytes.saturating_add(piece.len());
-            bytes <= bytes_max
-        };
-        self.pieces.iter().take(most).take_while(fits).count().max(1)
+    /// How many pieces fit, and how many bytes are left behind them.
+    fn count_within(&self, bytes_max: usize) -> (usize, usize) {
+        let mut room = bytes_max;
+        let fitting = self.pieces.iter().take(PIECES_MAX).map_while(|piece| {
+            room = room.checked_sub(piece.len())?;
+            Some(())
+        });
+        let count = fitting.count();
+        (count, room)
     }
 
     fn seal_heads(&mut self) {
@@ -141,7 +153,7 @@ mod tests {
         let (mut sent, mut charged) = (Vec::new(), 0);
         while let Some(pieces) = output.begin_send(most) {
             assert!(output.begin_send(most).is_none() && !output.is_flushed());
-            assert!(pieces.len() <= PIECES_MAX && (pieces.len() == 1 || pieces.concat().len() <= most));
+            assert!((1..=PIECES_MAX).contains(&pieces.len()) && pieces.concat().len() <= most);
             sent.extend(pieces.concat());
             charged += output.end_send(pieces);
         }

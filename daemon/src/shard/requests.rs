@@ -2,16 +2,12 @@
 
 use block::{Extent, HostCommand, Monotonic, VolumeIndex};
 use bytes::Bytes;
-use engine::CommandId;
+use engine::{Arena, CommandId};
 use frontend::nbd::Cookie;
-use slab::Slab;
 use store::Buffer;
 
 use super::GroupKey;
 use super::connection::ConnectionId;
-
-/// Bits of a number that say where the request is; the others count, so that a late answer meets no later request.
-const PLACE_BITS: u32 = 24;
 
 /// A write command's bytes.
 pub(super) enum HostPayload {
@@ -72,42 +68,28 @@ impl Parts {
 
 /// All requests of a shard.
 #[derive(Default)]
-pub(super) struct Requests {
-    requests: Slab<(CommandId, Request)>,
-    count: u64,
-}
+pub(super) struct Requests(Arena<Request>);
 
 impl Requests {
     pub(super) fn insert(&mut self, request: Request) -> CommandId {
-        self.count += 1;
-        let place = self.requests.vacant_entry();
-        let number = u64::try_from(place.key()).unwrap_or(u64::MAX);
-        assert!(number < 1 << PLACE_BITS, "memory bounds the requests far below 2^24");
-        let id = CommandId(self.count << PLACE_BITS | number);
-        place.insert((id, request));
-        id
+        CommandId(self.0.insert(request))
     }
 
     pub(super) fn find(&self, id: CommandId) -> Option<&Request> {
-        self.requests.get(place(id)).filter(|(known, _)| *known == id).map(|(_, request)| request)
+        self.0.find(id.0)
     }
 
     pub(super) fn find_mut(&mut self, id: CommandId) -> Option<&mut Request> {
-        self.requests.get_mut(place(id)).filter(|(known, _)| *known == id).map(|(_, request)| request)
+        self.0.find_mut(id.0)
     }
 
     pub(super) fn remove(&mut self, id: CommandId) -> Option<Request> {
-        self.find(id)?;
-        self.requests.try_remove(place(id)).map(|(_, request)| request)
+        self.0.remove(id.0)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (CommandId, &Request)> {
-        self.requests.iter().map(|(_, (id, request))| (*id, request))
+        self.0.iter().map(|(number, request)| (CommandId(number), request))
     }
-}
-
-fn place(id: CommandId) -> usize {
-    usize::try_from(id.0 & ((1 << PLACE_BITS) - 1)).unwrap_or(usize::MAX)
 }
 
 #[cfg(test)]
@@ -137,7 +119,7 @@ mod tests {
         let old = requests.insert(request(1));
         assert!(requests.remove(old).is_some());
         let new = requests.insert(request(2));
-        assert_eq!(place(old), place(new));
+        assert_eq!(old.0 % (1 << 24), new.0 % (1 << 24), "the same place");
         assert!(requests.find(old).is_none() && requests.remove(old).is_none());
         assert!(requests.find_mut(new).is_some_and(|request| request.command.range().unwrap().offset() == 2));
     }

@@ -12,6 +12,13 @@ use super::GroupKey;
 
 /// Bytes sealed or opened in one turn.
 pub(super) const TURN_BYTES: usize = 256 << 10;
+/// Whole data units are sealed.
+const UNIT: usize = 4096;
+
+/// What is left of a turn's budget after these bytes, in whole data units.
+pub(super) fn less(budget: usize, bytes: usize) -> usize {
+    budget.saturating_sub(bytes.next_multiple_of(UNIT))
+}
 
 /// What becomes of the bytes.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +86,7 @@ impl Sealing {
 
     /// Works on at most `budget` bytes, which it lowers; gives the jobs that it finished.
     pub(super) fn turn(&mut self, budget: &mut usize) -> Vec<Job> {
+        assert!(budget.is_multiple_of(UNIT), "a budget is in whole data units");
         let mut finished = Vec::new();
         while *budget > 0 {
             let Some(mut job) = self.jobs.pop_front() else {

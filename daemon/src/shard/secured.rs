@@ -7,12 +7,17 @@ use bytes::{Bytes, BytesMut};
 use store::{Buffer, Operation, Payload};
 
 use super::Shard;
-use super::connection::{Connection, ConnectionId, Intake};
+use super::connection::{Arriving, Connection, ConnectionId, Intake};
 use super::datapath::Pending;
 use super::requests::HostPayload;
+use super::sealing::{self, TURN_BYTES};
+use super::stalled::PROGRESS_BYTES;
 
-/// Bytes of replies sealed for one send: sealing must not hold up the shard's other connections.
+/// Bytes of replies sealed for one send, also by a turn that has used up its budget: each turn serves one connection.
 const SEALED_BYTES_MAX: usize = 256 << 10;
+const SEALED_BYTES_MIN: usize = 64 << 10;
+/// What opening leaves of a turn's budget, for the commands that came earlier.
+const BUDGET_LEFT: usize = TURN_BYTES / 2;
 
 impl Connection {
     /// Moves plaintext that waits in the session to the input buffer, which is used up; false if there is none.
@@ -26,11 +31,23 @@ impl Connection {
 }
 
 impl Shard {
-    /// Bytes of a connection through TLS arrived.
-    pub(super) fn received_sealed(&mut self, id: ConnectionId, buffer: Buffer, count: usize) {
+    /// Opens what connections through TLS received, in its order, within the turn's budget.
+    pub(super) fn open_received(&mut self) {
+        while self.budget > BUDGET_LEFT
+            && let Some((id, buffer, count)) = self.opening.pop_front()
+        {
+            self.budget = sealing::less(self.budget, count);
+            self.received_sealed(id, buffer, count);
+        }
+    }
+
+    fn received_sealed(&mut self, id: ConnectionId, buffer: Buffer, count: usize) {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
+        if connection.closed {
+            return self.received_some(id, false);
+        }
         let Some(tls) = &mut connection.tls else { return };
         let progress = tls.received(buffer.get(..count).unwrap_or_default());
         connection.input = Some(buffer);
@@ -52,21 +69,28 @@ impl Shard {
 
     /// Fills a payload with plaintext that is here; true if it is whole, and on its way.
     pub(super) fn fill_arriving(&mut self, id: ConnectionId) -> bool {
+        let now = self.now;
         let Some(connection) = self.connections.get_mut(id.0) else {
             return false;
         };
         let (Some(tls), Some(arriving)) = (&mut connection.tls, &mut connection.arriving) else {
             return false;
         };
+        let Some(buffer) = &mut arriving.buffer else {
+            return false;
+        };
         let filled = arriving.filled;
-        arriving.filled += tls.read(arriving.buffer.get_mut(filled..).unwrap_or_default());
-        let whole = connection.arriving.take_if(|arriving| arriving.filled == arriving.buffer.len());
+        arriving.filled += tls.read(buffer.get_mut(filled..).unwrap_or_default());
+        if arriving.filled / PROGRESS_BYTES > filled / PROGRESS_BYTES {
+            arriving.since = now;
+        }
+        let whole = connection.arriving.take_if(|arriving| arriving.filled == arriving.length);
         match whole {
-            Some(arrived) => {
-                self.submit_command(id, arrived.cookie, arrived.command, HostPayload::Whole(arrived.buffer));
+            Some(Arriving { cookie, command, buffer: Some(payload), .. }) => {
+                self.submit_command(id, cookie, command, HostPayload::Whole(payload));
                 true
             }
-            None => false,
+            Some(Arriving { buffer: None, .. }) | None => false,
         }
     }
 
@@ -76,9 +100,15 @@ impl Shard {
             return;
         };
         let over = connection.is_over();
+        if !connection.output.is_sending() {
+            connection.sending_since = self.now;
+        }
+        let most = self.budget.clamp(SEALED_BYTES_MIN, SEALED_BYTES_MAX);
         let Some(tls) = &mut connection.tls else { return };
         let mut sealed = BytesMut::new();
-        let outcome = if let Some(pieces) = connection.output.begin_send(SEALED_BYTES_MAX) {
+        let outcome = if let Some(pieces) = connection.output.begin_send(most) {
+            let length: usize = pieces.iter().map(Bytes::len).sum();
+            self.budget = sealing::less(self.budget, length);
             tls.seal(&pieces, &mut sealed)
         } else if !connection.output.is_sending() {
             let outcome =

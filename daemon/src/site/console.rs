@@ -8,10 +8,12 @@ use axum::extract::State;
 use axum::http::header;
 use axum::response::IntoResponse;
 use axum::routing::get;
+use axum::serve::Listener;
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram, gauge};
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
+use tokio::net::{TcpListener, TcpStream};
 
-use super::Site;
+use super::{Site, descriptors};
 
 /// Latency buckets in seconds: from a cached read to a stalled disk.
 const LATENCY_BUCKETS: [f64; 14] =
@@ -94,16 +96,38 @@ fn describe_mirrors() {
 }
 
 /// Serves until the listener fails.
-pub(super) async fn serve(listener: tokio::net::TcpListener, site: Arc<Site>, handle: PrometheusHandle) {
+pub(super) async fn serve(listener: TcpListener, site: Arc<Site>, handle: PrometheusHandle) {
     let router = Router::new().route("/metrics", get(metrics_page)).with_state((site, handle));
-    if let Err(error) = axum::serve(listener, router).await {
+    if let Err(error) = axum::serve(Modest(listener), router).await {
         tracing::error!(%error, "the console's listener failed");
     }
 }
 
 /// Binds the console's listener.
-pub(super) async fn bind(address: SocketAddr) -> std::io::Result<tokio::net::TcpListener> {
-    tokio::net::TcpListener::bind(address).await
+pub(super) async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+/// A listener that leaves descriptors to operators and partners: connections beyond are closed.
+struct Modest(TcpListener);
+
+impl Listener for Modest {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        loop {
+            // It waits by itself when the system refuses.
+            let (stream, address) = Listener::accept(&mut self.0).await;
+            if descriptors::leaves_free(&stream, descriptors::CONSOLE_LEAVES) {
+                return (stream, address);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
+    }
 }
 
 async fn metrics_page(State((site, handle)): State<(Arc<Site>, PrometheusHandle)>) -> impl IntoResponse {
@@ -125,6 +149,7 @@ async fn refresh(site: &Site) {
         gauge!("farshore_mirror_backlog_bytes", "mirror" => mirror()).set(approximate(view.backlog_bytes));
         gauge!("farshore_mirror_connected", "mirror" => mirror()).set(flag(view.connected));
         gauge!("farshore_mirror_ring_bytes", "mirror" => mirror()).set(approximate(view.memory.ring_bytes));
+        gauge!("farshore_mirror_spill_bytes", "mirror" => mirror()).set(approximate(view.memory.spill_bytes));
         gauge!("farshore_mirror_rpo_alert_percent", "mirror" => mirror())
             .set(f64::from(view.pressure.rpo_alert_percent));
         gauge!("farshore_mirror_limit_lowered_percent", "mirror" => mirror())

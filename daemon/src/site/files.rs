@@ -1,7 +1,7 @@
 //! The files of volumes and mirrors: opened, created and read at a start. Blocking; not for the data path.
 //!
 //! A volume's folder holds `data` (home) and, if it is mirrored, `intent`. A mirror's folder, `mirrors/ID` in the data
-//! directory, holds `checkpoint`, `redo-NNNN` and, after a clean stop of a primary, `clean`
+//! directory, holds `checkpoint`, `redo-NNNN`, `spill` and, after a clean stop of a primary, `clean`
 //! (docs/formats/mirror-files.md).
 
 use std::fs;
@@ -24,6 +24,8 @@ pub(super) const DATA_FILE: &str = "data";
 /// The intent map in a volume's folder.
 pub(super) const INTENT_FILE: &str = "intent";
 const CHECKPOINT_FILE: &str = "checkpoint";
+/// The spill file in a mirror's folder.
+const SPILL_FILE: &str = "spill";
 /// Reads of a redo scan need aligned memory of at most a cut's length.
 const SCAN_BYTES: usize = 64 << 20;
 
@@ -102,6 +104,15 @@ pub(super) fn remove_if_there(path: &Path) -> Result<(), FilesError> {
     }
 }
 
+/// Takes a file's name away, durably: its content is of no use any more, and is removed with its folder.
+pub(super) fn set_aside(folder: &Path, name: &str) -> Result<(), FilesError> {
+    let path = folder.join(name);
+    match fs::rename(&path, path.with_extension("void")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(system("rename", &path)(error)),
+        Ok(()) | Err(_) => sync_folder(folder),
+    }
+}
+
 /// A mirror's folder.
 pub(super) fn mirror_folder(data_dir: &Path, mirror: MirrorId) -> PathBuf {
     data_dir.join("mirrors").join(mirror.to_string())
@@ -141,7 +152,7 @@ pub(super) fn create_redo(
         cuts: Vec::new(),
         stopped_at: RecoveryStop::End,
     };
-    Ok((RedoFiles { segments, checkpoint }, recovered, second))
+    Ok((RedoFiles { segments, checkpoint, spill: None }, recovered, second))
 }
 
 /// Opens a mirror's redo log: syncs every segment, then scans from the newest checkpoint.
@@ -193,7 +204,22 @@ pub(super) fn open_redo(
     if recovered.stopped_at == RecoveryStop::ScanStartLost {
         tracing::warn!(folder = %folder.display(), "the redo log does not continue from its checkpoint");
     }
-    Ok((RedoFiles { segments, checkpoint: File::open(&path, true)? }, recovered, checkpoint))
+    let files = RedoFiles { segments, checkpoint: File::open(&path, true)?, spill: None };
+    Ok((files, recovered, checkpoint))
+}
+
+/// The spill file of a mirror, made if it is missing or of another size; `None` with 0 bytes.
+pub(super) fn open_spill(folder: &Path, bytes: ByteCount) -> Result<Option<File>, FilesError> {
+    let path = folder.join(SPILL_FILE);
+    let found = fs::metadata(&path).map(|metadata| metadata.len()).ok();
+    if bytes.0 > 0 && found == Some(bytes.0) {
+        return Ok(Some(File::open(&path, true)?));
+    }
+    remove_if_there(&path)?;
+    if bytes.0 == 0 {
+        return Ok(None);
+    }
+    Ok(Some(File::create_thick(&path, bytes.0, true)?))
 }
 
 /// Writes a file so that it is wholly there or not at all after a crash.

@@ -1,15 +1,15 @@
 //! The handshakes on their way: bounded, and fair to who is not the cause of the crowd.
 //!
-//! A listener always accepts. When there are as many handshakes as there may be, the oldest one of the origin with the
-//! most of them is dropped: an origin that opens connections and says nothing pushes out its own. If no origin has more
-//! than an eighth of the places, the oldest of all is.
+//! A listener always accepts. When there are as many handshakes as there may be, or descriptors run short, the oldest one
+//! of the origin with the most of them is dropped: an origin that opens connections and says nothing pushes out its own. If
+//! no origin has more than an eighth of the places, the oldest of all is.
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 
 use super::lock;
 
@@ -42,7 +42,7 @@ pub(super) struct Greetings {
 struct Running {
     last: u64,
     /// By age.
-    tasks: BTreeMap<u64, (Origin, Option<AbortHandle>)>,
+    tasks: BTreeMap<u64, (Origin, Option<JoinHandle<()>>)>,
 }
 
 impl Greetings {
@@ -76,9 +76,23 @@ impl Greetings {
             greeting.await;
         });
         match lock(&self.running).tasks.get_mut(&number) {
-            Some((_, handle)) => *handle = Some(task.abort_handle()),
+            Some((_, handle)) => *handle = Some(task),
             // It has ended, or lost its place before it could be told.
             None => task.abort(),
+        }
+    }
+
+    /// Drops a handshake and waits until its connection is closed; false if there is none.
+    pub(super) async fn drop_oldest(&self) -> bool {
+        let dropped = lock(&self.running).take_one(self.greetings_max / 8);
+        match dropped {
+            Some(task) => {
+                task.abort();
+                // It ends as cancelled, or in order if it was just about to.
+                let _ = task.await;
+                true
+            }
+            None => false,
         }
     }
 
@@ -90,7 +104,7 @@ impl Greetings {
 
 impl Running {
     /// Takes a handshake from the list, to be ended. An origin with at most `share` of them is no crowd.
-    fn take_one(&mut self, share: usize) -> Option<AbortHandle> {
+    fn take_one(&mut self, share: usize) -> Option<JoinHandle<()>> {
         let mut counts = BTreeMap::<Origin, usize>::new();
         for (origin, _) in self.tasks.values() {
             *counts.entry(*origin).or_default() += 1;
@@ -197,6 +211,19 @@ mod tests {
         while greetings.count() > 0 {
             tokio::task::yield_now().await;
         }
+    }
+
+    #[tokio::test]
+    async fn the_oldest_is_gone_when_its_drop_was_waited_for() {
+        let greetings = Greetings::new(4);
+        assert!(!greetings.drop_oldest().await);
+        let ((first, mut first_gone), (second, mut second_gone)) = (idle(), idle());
+        greetings.spawn(Origin::Local, first);
+        greetings.spawn(Origin::Local, second);
+        assert!(greetings.drop_oldest().await);
+        assert!(matches!(first_gone.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+        assert!(matches!(second_gone.try_recv(), Err(oneshot::error::TryRecvError::Empty)));
+        assert_eq!(greetings.count(), 1);
     }
 
     #[test]

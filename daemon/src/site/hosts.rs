@@ -2,17 +2,19 @@
 
 use std::future::Future;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::net::sockopt;
 use store::Socket;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use super::Site;
+use super::descriptors::{self, HOSTS_LEAVE};
 use super::greeting::{Greeted, Protection, greet};
 use super::greetings::{Greetings, Origin};
 use crate::settings::{NbdAddress, NbdTls};
@@ -20,14 +22,16 @@ use crate::shard::{HostConnection, ShardCommand};
 
 /// A handshake that takes longer is ended: clients need a few round trips.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
-/// Handshakes of a listener at the same time; established connections do not count.
-const HANDSHAKES_MAX: usize = 256;
+/// Handshakes of a site at the same time; established connections do not count.
+pub(super) const HANDSHAKES_MAX: usize = 256;
 /// A host that is silent for so long is asked whether it is still there; after twice as long it is given up.
 const HOST_SILENCE: Duration = Duration::from_secs(30);
 /// Bytes that the kernel queues for a host on this machine.
 const UNIX_SEND_BYTES: usize = 1 << 20;
-/// After a failed accept (out of descriptors) the listener rests.
+/// After a failed accept the listener rests.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Refused connections are told of at most this often.
+const COMPLAINT_PAUSE: Duration = Duration::from_secs(60);
 
 /// A bound listener.
 pub(super) struct HostListener {
@@ -78,66 +82,128 @@ impl HostListener {
     }
 
     /// Accepts for ever: a connection that waits to be accepted would wait behind those that say nothing.
-    pub(super) async fn serve(self, site: Arc<Site>) {
-        let greetings = Greetings::new(HANDSHAKES_MAX);
+    pub(super) async fn serve(self, site: Arc<Site>, greetings: Arc<Greetings>) {
+        let mut complaint = Complaint::default();
         loop {
             let (site, protection) = (Arc::clone(&site), self.protection.clone());
-            match &self.socket {
+            let outcome = match &self.socket {
                 Listening::Tcp(listener) => match listener.accept().await {
                     Ok((stream, address)) => {
-                        let greeting = welcome(site, stream, protection, into_tcp);
-                        greetings.spawn(Origin::of(address.ip()), greeting);
+                        let placed = place(stream, &greetings, &mut complaint).await;
+                        placed.map(|stream| {
+                            let greeting = welcome(site, stream, protection);
+                            greetings.spawn(Origin::of(address.ip()), greeting);
+                        })
                     }
-                    Err(error) => rest(&error).await,
+                    Err(error) => Err(error),
                 },
                 Listening::Unix(listener, _) => match listener.accept().await {
                     Ok((stream, _)) => {
-                        greetings.spawn(Origin::Local, welcome(site, stream, protection, into_unix));
+                        let placed = place(stream, &greetings, &mut complaint).await;
+                        placed.map(|stream| greetings.spawn(Origin::Local, welcome(site, stream, protection)))
                     }
-                    Err(error) => rest(&error).await,
+                    Err(error) => Err(error),
                 },
+            };
+            if let Err(error) = outcome {
+                complaint.say(&error);
+                // Not even what hosts leave free is: others have it, and an idle handshake is the first to give way.
+                let short = error.raw_os_error() == Some(Errno::MFILE.raw_os_error());
+                if !short || !greetings.drop_oldest().await {
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
             }
         }
     }
 }
 
-async fn rest(error: &io::Error) {
-    tracing::warn!(%error, "a host's connection cannot be accepted");
-    tokio::time::sleep(ACCEPT_PAUSE).await;
+/// What is said of connections that are not accepted, once in a while.
+#[derive(Default)]
+struct Complaint {
+    said: Option<Instant>,
+    unsaid: u64,
 }
 
-fn into_tcp(stream: TcpStream) -> io::Result<OwnedFd> {
-    // Replies are gathered before they are sent; waiting for more in the kernel would only delay them.
-    stream.set_nodelay(true)?;
-    // A host that lost its power answers nothing: without these its connection would stay for ever.
-    sockopt::set_socket_keepalive(&stream, true)?;
-    sockopt::set_tcp_keepidle(&stream, HOST_SILENCE)?;
-    sockopt::set_tcp_keepintvl(&stream, HOST_SILENCE / 4)?;
-    sockopt::set_tcp_keepcnt(&stream, 4)?;
-    let silence = u32::try_from(HOST_SILENCE.as_millis()).unwrap_or(u32::MAX);
-    sockopt::set_tcp_user_timeout(&stream, 2 * silence)?;
-    Ok(stream.into_std()?.into())
+impl Complaint {
+    fn say(&mut self, error: &io::Error) {
+        if self.said.is_some_and(|said| said.elapsed() < COMPLAINT_PAUSE) {
+            self.unsaid += 1;
+            return;
+        }
+        tracing::warn!(%error, unsaid = self.unsaid, "hosts' connections cannot be accepted, or only in place of others' handshakes");
+        *self = Self { said: Some(Instant::now()), unsaid: 0 };
+    }
 }
 
-fn into_unix(stream: UnixStream) -> io::Result<OwnedFd> {
-    // A longer queue of replies lets a large read be sent in one go; the system's bound on it is fine as well.
-    let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BYTES);
-    Ok(stream.into_std()?.into())
+/// Sees that a new connection leaves enough descriptors free: where it does not, idle handshakes give way to it.
+///
+/// # Errors
+/// No handshake is left that could; the connection is closed.
+async fn place<S: HostStream>(
+    mut stream: S,
+    greetings: &Greetings,
+    complaint: &mut Complaint,
+) -> io::Result<S> {
+    while !descriptors::leaves_free(&stream, HOSTS_LEAVE) {
+        let short = io::Error::from(Errno::MFILE);
+        if !greetings.drop_oldest().await {
+            return Err(short);
+        }
+        complaint.say(&short);
+        // The same connection under the number that has just become free.
+        let descriptor = fcntl_dupfd_cloexec(&stream, 0)?;
+        drop(stream);
+        stream = S::from_descriptor(descriptor)?;
+    }
+    Ok(stream)
+}
+
+/// A connection of either kind.
+trait HostStream: AsyncRead + AsyncWrite + AsFd + Unpin + Send + Sized + 'static {
+    /// A connection that tokio does not know yet.
+    fn from_descriptor(descriptor: OwnedFd) -> io::Result<Self>;
+
+    /// The connection as the shard wants it.
+    fn into_descriptor(self) -> io::Result<OwnedFd>;
+}
+
+impl HostStream for TcpStream {
+    fn from_descriptor(descriptor: OwnedFd) -> io::Result<Self> {
+        Self::from_std(descriptor.into())
+    }
+
+    fn into_descriptor(self) -> io::Result<OwnedFd> {
+        // Replies are gathered before they are sent; waiting for more in the kernel would only delay them.
+        self.set_nodelay(true)?;
+        // A host that lost its power answers nothing: without these its connection would stay for ever.
+        sockopt::set_socket_keepalive(&self, true)?;
+        sockopt::set_tcp_keepidle(&self, HOST_SILENCE)?;
+        sockopt::set_tcp_keepintvl(&self, HOST_SILENCE / 4)?;
+        sockopt::set_tcp_keepcnt(&self, 4)?;
+        let silence = u32::try_from(HOST_SILENCE.as_millis()).unwrap_or(u32::MAX);
+        sockopt::set_tcp_user_timeout(&self, 2 * silence)?;
+        Ok(self.into_std()?.into())
+    }
+}
+
+impl HostStream for UnixStream {
+    fn from_descriptor(descriptor: OwnedFd) -> io::Result<Self> {
+        Self::from_std(descriptor.into())
+    }
+
+    fn into_descriptor(self) -> io::Result<OwnedFd> {
+        // A longer queue of replies lets a large read be sent in one go; the system's bound on it is fine as well.
+        let _ = sockopt::set_socket_send_buffer_size(&self, UNIX_SEND_BYTES);
+        Ok(self.into_std()?.into())
+    }
 }
 
 /// Greets a host and gives its connection to the shard.
-async fn welcome<S>(
-    site: Arc<Site>,
-    mut stream: S,
-    protection: Protection,
-    into_descriptor: fn(S) -> io::Result<OwnedFd>,
-) where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
+async fn welcome<S: HostStream>(site: Arc<Site>, mut stream: S, protection: Protection) {
     let Some(greeted) = limited(greet(&mut stream, &site, &protection)).await else {
         return;
     };
-    match into_descriptor(stream) {
+    match stream.into_descriptor() {
         Ok(descriptor) => hand_over(&site, descriptor, greeted),
         Err(error) => tracing::debug!(%error, "a host's connection was lost after its handshake"),
     }

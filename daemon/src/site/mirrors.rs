@@ -78,7 +78,8 @@ impl Site {
         }
         let made: (RedoFiles, Recovered, Checkpoint) =
             files::create_redo(folder, mirror, self.redo_config()?, state)?;
-        let (redo, recovered, checkpoint) = made;
+        let (mut redo, recovered, checkpoint) = made;
+        redo.spill = files::open_spill(folder, self.settings.spill)?;
         files::sync_folder(folder)?;
         Ok((intents, redo, files::opened(maps, None, recovered, checkpoint)))
     }
@@ -231,7 +232,7 @@ impl Site {
                 cipher: Some(self.unlock(volume)?),
             });
         }
-        start.opened.clean = Some(CleanState { dirty, committed: None });
+        start.opened.clean = Some(CleanState { dirty, committed: None, journal: None });
         for key in keys {
             self.end_group(*key).await?;
         }
@@ -289,8 +290,14 @@ impl Site {
         if made.is_err() {
             for volume in &volumes {
                 self.exports().remove(volume.name.as_str());
-                if let Err(error) = self.catalogue().delete_volume(volume.id) {
-                    tracing::warn!(%error, "a replica of a mirror that was not made cannot be removed");
+                match self.catalogue().delete_volume(volume.id) {
+                    // Nobody waits for its space.
+                    Ok(folder) => {
+                        drop(folder.map(|folder| self.removals.begin(volume.name.as_str(), folder)))
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "a replica of a mirror that was not made cannot be removed");
+                    }
                 }
             }
         }
@@ -452,8 +459,7 @@ impl Site {
             for id in &mirror.volumes {
                 if let Some(volume) = self.catalogue().volume_by_id(*id) {
                     let folder = self.folder(&volume)?;
-                    files::remove_if_there(&folder.join(files::DATA_FILE))?;
-                    files::sync_folder(&folder)?;
+                    files::set_aside(&folder, files::DATA_FILE)?;
                 }
             }
         }
@@ -470,7 +476,8 @@ impl Site {
             };
             if incomplete {
                 self.exports().remove(volume.name.as_str());
-                self.catalogue().delete_volume(*id)?;
+                let folder = self.catalogue().delete_volume(*id)?;
+                drop(folder.map(|folder| self.removals.begin(volume.name.as_str(), folder)));
             } else if let Ok(folder) = self.folder(&volume) {
                 let intent = folder.join(files::INTENT_FILE);
                 if let Err(error) = files::remove_if_there(&intent) {

@@ -8,6 +8,7 @@ mod certificates;
 mod changes;
 mod clean;
 mod console;
+mod descriptors;
 mod exports;
 mod files;
 mod greeting;
@@ -18,6 +19,7 @@ mod operations;
 mod orphans;
 mod partners;
 mod policy;
+mod removal;
 mod room;
 mod switch;
 mod verify;
@@ -45,12 +47,15 @@ use crate::api::{ControlSocket, router};
 use crate::catalogue::{Catalogue, DirectoryLock, GroupRecord, MirrorRecord};
 use crate::group::{CleanState, IoFailure, IoId};
 use crate::settings::{Action, ConsoleAddress, Settings};
-use crate::shard::{GroupKey, ShardCommand, ShardHandle, ShardNews};
+use crate::shard::{GroupKey, HostLimits, ShardCommand, ShardHandle, ShardNews};
 
 pub use console::install_metrics;
+use descriptors::Demand;
 use exports::Exports;
 use greeting::Protection;
-use hosts::HostListener;
+use greetings::Greetings;
+use hosts::{HANDSHAKES_MAX, HostListener};
+use removal::Removals;
 
 /// Memory for cuts that were received and are not applied.
 const CUT_BUFFER_BYTES: u32 = 128 << 20;
@@ -98,6 +103,7 @@ pub struct Site {
     connections: Arc<Semaphore>,
     nbd_uris: Mutex<Vec<String>>,
     requests_failed: AtomicU64,
+    removals: Arc<Removals>,
 }
 
 /// The parts of a site that are not shared: they end with it.
@@ -115,6 +121,7 @@ impl Site {
     /// # Errors
     /// One clear error for whatever keeps the site from serving.
     pub async fn start(settings: Settings, metrics: PrometheusHandle) -> anyhow::Result<Running> {
+        descriptors::raise_limit();
         let lock = DirectoryLock::acquire(&settings.data_dir)?;
         for pool in settings.pools.values() {
             std::fs::create_dir_all(pool)
@@ -145,15 +152,7 @@ impl Site {
             TransportSettings::default(),
         )?;
         let (news, received) = mpsc::unbounded_channel();
-        let mut shards = Vec::new();
-        let mut threads = Vec::new();
-        let receive_bytes = usize::try_from(settings.receive_pool.0)?;
-        for index in 0..settings.shards.get() {
-            let (handle, thread) =
-                crate::shard::start(index, receive_bytes, news.clone()).context("a shard cannot start")?;
-            shards.push(handle);
-            threads.push(thread);
-        }
+        let (shards, threads) = start_shards(&settings, &news)?;
         let site = Arc::new(Self {
             catalogue,
             key,
@@ -173,6 +172,7 @@ impl Site {
             connections: Arc::new(Semaphore::new(usize::try_from(settings.nbd_connections_max.get())?)),
             nbd_uris: Mutex::default(),
             requests_failed: AtomicU64::new(0),
+            removals: Arc::default(),
             settings,
         });
         site.serve(threads, received, incoming, metrics).await
@@ -185,6 +185,9 @@ impl Site {
         incoming: mpsc::Receiver<replicator::IncomingSession>,
         metrics: PrometheusHandle,
     ) -> anyhow::Result<Running> {
+        if let Some(shortage) = self.descriptors_wanted().shortage() {
+            tracing::warn!("{shortage}");
+        }
         // Whatever can be refused is asked for first: opening the groups uses up the records of their clean stops.
         let mut listeners = Vec::new();
         let config = certificates::server_config(&self.settings)?;
@@ -206,9 +209,15 @@ impl Site {
         let mut tasks = vec![tokio::spawn(Arc::clone(&self).hear_shards(news))];
         let opener = Arc::clone(&self);
         tokio::task::spawn_blocking(move || opener.open_groups()).await?;
+        for folder in self.catalogue.take_leftovers() {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            // Nobody waits for it; the log tells if it fails.
+            drop(self.removals.begin(&name, folder));
+        }
         tasks.push(tokio::spawn(Arc::clone(&self).accept_partners(incoming)));
+        let greetings = Greetings::new(HANDSHAKES_MAX);
         for listener in listeners {
-            tasks.push(tokio::spawn(listener.serve(Arc::clone(&self))));
+            tasks.push(tokio::spawn(listener.serve(Arc::clone(&self), Arc::clone(&greetings))));
         }
         if let Some(listener) = console {
             tasks.push(tokio::spawn(console::serve(listener, Arc::clone(&self), metrics)));
@@ -226,6 +235,19 @@ impl Site {
 
     fn catalogue(&self) -> &Catalogue {
         &self.catalogue
+    }
+
+    /// The open files of this site at its fullest.
+    fn descriptors_wanted(&self) -> Demand {
+        let count = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        let mirrors = count(self.catalogue.mirrors().len());
+        Demand {
+            connections: u64::from(self.settings.nbd_connections_max.get()),
+            handshakes: count(HANDSHAKES_MAX),
+            volumes: count(self.catalogue.volumes().len()),
+            // With the checkpoints and the spill.
+            redo_files: mirrors * (u64::from(self.settings.redo_segments.get()) + 2),
+        }
     }
 
     fn endpoint(&self) -> &Endpoint {
@@ -340,6 +362,7 @@ impl Running {
             task.abort();
         }
         let _ = self.stop_api.send(());
+        self.site.removals.stop();
         let mut drains = Vec::new();
         for shard in &self.site.shards {
             let (done, drained) = oneshot::channel();
@@ -406,6 +429,17 @@ fn group_record(state: &GroupState) -> GroupRecord {
         },
         state: state.encode(),
     }
+}
+
+fn start_shards(
+    settings: &Settings,
+    news: &mpsc::UnboundedSender<(usize, ShardNews)>,
+) -> anyhow::Result<(Vec<ShardHandle>, Vec<JoinHandle<()>>)> {
+    let limits =
+        HostLimits { receive_bytes: usize::try_from(settings.receive_pool.0)?, stall: settings.nbd_stall };
+    let start = |index| crate::shard::start(index, limits, news.clone()).context("a shard cannot start");
+    let started: Vec<_> = (0..settings.shards.get()).map(start).collect::<anyhow::Result<_>>()?;
+    Ok(started.into_iter().unzip())
 }
 
 /// Loads the site's certificate, or makes one at the first start.

@@ -2,6 +2,7 @@
 
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::VolumeName;
 use control::{
@@ -11,8 +12,10 @@ use control::{
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
+use tokio::sync::oneshot;
 
 use super::mirrors::internal;
+use super::removal::Removed;
 use super::volumes::problem;
 use super::{Site, lock};
 use crate::api::{OperationError, Operations};
@@ -21,6 +24,9 @@ use crate::settings::ConsoleAddress;
 use crate::shard::{GroupKey, Verb};
 
 type Outcome<T> = Result<T, OperationError>;
+
+/// A delete is answered after so long though its space is still being given back; `status` then tells of it.
+const REMOVAL_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Site {
     pub(super) fn known_volume(&self, name: &VolumeName) -> Outcome<VolumeRecord> {
@@ -57,7 +63,11 @@ impl Site {
         Ok((mirror, key))
     }
 
-    async fn delete_volume(self: &Arc<Self>, name: &VolumeName) -> Outcome<()> {
+    /// Deletes a volume; its space is given back behind that. The caller holds `changes`.
+    async fn delete_volume(
+        self: &Arc<Self>,
+        name: &VolumeName,
+    ) -> Outcome<Option<oneshot::Receiver<Removed>>> {
         let volume = self.known_volume(name)?;
         if let Some((mirror, _)) = self.catalogue().mirror_of(volume.id) {
             let detail = format!("volume '{name}' is in mirror '{}': delete the mirror first", mirror.name);
@@ -76,8 +86,10 @@ impl Site {
         self.exports().remove(name.as_str());
         let site = Arc::clone(self);
         let id = volume.id;
-        tokio::task::spawn_blocking(move || site.catalogue().delete_volume(id)).await.map_err(internal)??;
-        Ok(())
+        let folder = tokio::task::spawn_blocking(move || site.catalogue().delete_volume(id))
+            .await
+            .map_err(internal)??;
+        Ok(folder.map(|folder| self.removals.begin(name.as_str(), folder)))
     }
 
     fn store_partner(&self, add: PartnerAdd) -> Outcome<PartnerRecord> {
@@ -117,6 +129,8 @@ impl Site {
                 None => trouble.clone(),
             })
             .chain(names.iter().filter_map(|volume| self.untold_of(volume.id)))
+            .chain(self.descriptors_wanted().shortage())
+            .chain(self.removals.running())
             .collect()
     }
 }
@@ -174,8 +188,19 @@ impl Operations for Operator {
     }
 
     async fn volume_delete(&self, name: VolumeName) -> Outcome<()> {
-        let _changing = self.changes.lock().await;
-        self.delete_volume(&name).await
+        let changing = self.changes.lock().await;
+        let removal = self.delete_volume(&name).await?;
+        drop(changing);
+        // The volume is gone. Its space mostly is in a moment too, and whoever makes the next one counts on it.
+        let Some(removal) = removal else { return Ok(()) };
+        match tokio::time::timeout(REMOVAL_PATIENCE, removal).await {
+            Ok(Ok(Err(error))) => {
+                let detail =
+                    format!("volume '{name}' is deleted, but its space is not given back yet: {error}");
+                Err(problem(ProblemKind::Internal, detail))
+            }
+            Ok(Ok(Ok(())) | Err(_)) | Err(_) => Ok(()),
+        }
     }
 
     async fn certificate_show(&self) -> Outcome<CertificateView> {

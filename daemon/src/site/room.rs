@@ -1,7 +1,7 @@
 //! Is there room for a mirror? Asked at both sites before anything is made, so that a refusal names what is missing.
 //!
 //! A side needs the redo log, which is its journal as a target and the reserve that a resync is staged in, at both sites,
-//! since either may be the target one day; the intent maps; and at the secondary the volumes. Allocation itself may
+//! since either may be the target one day; the spill file; the intent maps; and at the secondary the volumes. Allocation itself may
 //! still fail later, and is then undone.
 
 use std::collections::BTreeMap;
@@ -60,6 +60,13 @@ impl Site {
             bytes: redo,
             what: "the redo log, in which a resync must fit (redo_segments, redo_segment_bytes)".to_owned(),
         }];
+        if settings.spill.0 > 0 {
+            needs.push(Need {
+                folder: settings.data_dir.clone(),
+                bytes: settings.spill.0.saturating_add(PER_FILE),
+                what: "the spill file (spill_bytes)".to_owned(),
+            });
+        }
         for (name, id, size, pool) in volumes {
             let map = IntentMap::new(*id, *size, settings.intent_region).file_bytes().0;
             let replica = if replicas { size.0.saturating_add(PER_FILE) } else { 0 };

@@ -118,6 +118,8 @@ impl Site {
                 ring_bytes: view.memory.0,
                 ring_bytes_max: self.settings.ring.0,
                 map_bytes: 0,
+                spill_bytes: view.spilled.0,
+                spill_bytes_max: self.settings.spill.0,
             },
             volumes: names,
             partner: mirror.partner.clone(),

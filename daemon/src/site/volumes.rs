@@ -134,6 +134,7 @@ impl Site {
                 // A record without payload costs about as much memory as its header; 64 Ki of them stay below 8 MiB.
                 records_max: 1 << 16,
             },
+            spill_bytes: settings.spill.0,
             cut_bytes: settings.cut.0,
             cut_interval: settings.cut_interval,
             region_bytes: settings.intent_region.0,
@@ -177,10 +178,17 @@ impl Site {
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: Some(intent), cipher });
         }
         let folder = files::mirror_folder(&self.settings.data_dir, mirror.id);
-        let (redo, recovered, checkpoint) = files::open_redo(&folder, mirror.id)?;
+        let (mut redo, recovered, checkpoint) = files::open_redo(&folder, mirror.id)?;
+        redo.spill = files::open_spill(&folder, self.settings.spill).unwrap_or_else(|error| {
+            tracing::warn!(%error, mirror = %mirror.name, "the mirror goes on without its spill file");
+            None
+        });
         let clean = clean::take(&folder, mirror.id, &state, &self.sizes(mirror))?.filter(|_| !mirror.rebuilt);
         let opened = files::opened(intents, clean, recovered, checkpoint);
-        let settings = self.mirror_settings(mirror, &volumes);
+        let mut settings = self.mirror_settings(mirror, &volumes);
+        if redo.spill.is_none() {
+            settings.spill_bytes = 0;
+        }
         let start = MirroredStart { settings, state, opened, redo };
         self.add_mirrored(mirror, &volumes, volume_files, start);
         Ok(())

@@ -3,7 +3,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::{CUT_HEADER_BYTES, Checkpoint, SegmentHeader, decode, encode, header_only, peek};
+use crate::{CUT_HEADER_BYTES, Checkpoint, SegmentHeader, SpillIndex, decode, encode, header_only, peek};
 
 /// Decodes `data` as a cut.
 ///
@@ -51,5 +51,15 @@ pub fn checkpoint(data: &[u8]) {
 pub fn segment_header(data: &[u8]) {
     if let Ok(header) = SegmentHeader::decode(data) {
         assert_eq!(header.encode(), data, "the encoding is canonical");
+    }
+}
+
+/// Decodes `data` as the index of a spill file.
+///
+/// # Panics
+/// If the decoder is wrong.
+pub fn spill_index(data: &[u8]) {
+    if let Ok(index) = SpillIndex::decode(data) {
+        assert_eq!(index.encode(), data, "the encoding is canonical");
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A *cut* is a batch of records that commits atomically at the target; the same bytes travel on the wire and
 //! stand in the target's redo log. The crate encodes and verifies cuts, keeps the primary's RAM [`Ring`] of
-//! records, places cuts in the target's [`RedoLog`] and finds them again after a crash ([`recover`]).
+//! records, seals what overflows it into [`SpillSegment`]s, places cuts in the target's [`RedoLog`] and finds them again after a crash ([`recover`]).
 //!
 //! It is pure: it says which bytes belong where, and the caller reads, writes and syncs them. It knows neither
 //! keys nor plaintext: payloads are ciphertext. The formats are specified in docs/formats/journal.md.
@@ -17,6 +17,7 @@ mod recovery;
 mod redo;
 mod ring;
 mod segment;
+mod spill;
 
 pub use checkpoint::Checkpoint;
 pub use cut::{Cut, CutMeta, CutSize, EncodedCut, decode, encode, header_only, peek};
@@ -27,6 +28,7 @@ pub use recovery::{Recovered, RecoveredCut, RecoveryError, RecoveryStop, recover
 pub use redo::{Cursor, Placement, RedoConfig, RedoConfigError, RedoFull, RedoLog};
 pub use ring::{Ring, RingBudget, RingFull};
 pub use segment::SegmentHeader;
+pub use spill::{SpillFault, SpillIndex, SpillIndexError, SpillSegment, SpillSpace};
 
 /// Bytes of a cut's header; what [`peek`] wants.
 pub const CUT_HEADER_BYTES: usize = 256;

@@ -731,7 +731,7 @@ mod tests {
             Message::VerifyRequest(VerifyRequest {
                 id: 5,
                 volume: VolumeIndex(3),
-                range,
+                range: ByteRange::new(4096, 8192).unwrap(),
                 at: position,
                 content: true,
             }),

@@ -32,6 +32,8 @@ pub struct RpoTracker {
     inherited: Option<Monotonic>,
     /// How old they are is not known.
     unknown: bool,
+    /// The target has all of them when it has this.
+    lost_through: Sequence,
 }
 
 impl RpoTracker {
@@ -73,8 +75,10 @@ impl RpoTracker {
 
     /// Notes that the target durably committed everything up to `through`.
     pub fn committed(&mut self, through: Sequence) {
-        self.inherited = None;
-        self.unknown = false;
+        if through >= self.lost_through {
+            self.inherited = None;
+            self.unknown = false;
+        }
         while let Some(bucket) = self.buckets.front_mut() {
             if bucket.last > through {
                 // A partly committed bucket keeps its oldest acknowledgement: late, never early.
@@ -94,6 +98,13 @@ impl RpoTracker {
     /// Notes that writes of an earlier incarnation may not be at the target, and nothing is known of their age.
     pub const fn lose(&mut self) {
         self.unknown = true;
+    }
+
+    /// As [`Self::lose`], of writes of this incarnation up to `last`: a restart continues it. Only when the target has
+    /// all of them the bound on their age ends.
+    pub const fn lose_through(&mut self, last: Sequence) {
+        self.unknown = true;
+        self.lost_through = last;
     }
 
     /// True while [`Self::rpo`] says nothing about the writes of an earlier incarnation.
@@ -202,6 +213,22 @@ mod tests {
         tracker.lose();
         tracker.committed(Sequence(3));
         assert!(!tracker.is_unknown() && !tracker.is_bound());
+    }
+
+    #[test]
+    fn a_continued_incarnation_keeps_its_bound_until_all_it_lost_is_committed() {
+        let mut tracker = RpoTracker::default();
+        tracker.lose_through(Sequence(9));
+        tracker.committed(Sequence(5));
+        assert!(tracker.is_unknown());
+        tracker.inherit(Monotonic(50));
+        tracker.committed(Sequence(8));
+        assert_eq!(tracker.rpo(Monotonic(150)), Duration::from_nanos(100));
+        tracker.assigned(Sequence(10), Monotonic(160));
+        tracker.acknowledged(Sequence(10), Monotonic(170));
+        tracker.committed(Sequence(9));
+        assert!(!tracker.is_bound());
+        assert_eq!(tracker.rpo(Monotonic(180)), Duration::from_nanos(10));
     }
 
     #[test]

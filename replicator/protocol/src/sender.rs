@@ -35,6 +35,18 @@ impl SenderChain {
         Self { committed, stored: committed, sent: VecDeque::new() }
     }
 
+    /// A chain that goes on after a restart: what the target had acknowledged, and the cuts that were sent after it.
+    pub fn continued(committed: Tip, sent: Vec<Tip>) -> Self {
+        let sent = sent.into_iter().map(|tip| SentCut { tip, commit: true }).collect();
+        Self { committed, stored: committed, sent }
+    }
+
+    /// The cuts that were sent after the last acknowledged one; `None` if some cut was only staged.
+    pub fn sent_commits(&self) -> Option<Vec<Tip>> {
+        let all = self.stored == self.committed && self.sent.iter().all(|cut| cut.commit);
+        all.then(|| self.sent.iter().map(|cut| cut.tip).collect())
+    }
+
     /// The last cut that the target acknowledged as committed.
     pub const fn committed(&self) -> Tip {
         self.committed

@@ -25,7 +25,7 @@ pub enum MirrorState {
     ConsistentDisconnected,
 }
 
-/// The tier that holds the oldest record the target lacks.
+/// The lowest tier in use: where the newest record is that the target lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum JournalTier {
     /// Ordered records in memory.

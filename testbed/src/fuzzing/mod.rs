@@ -76,6 +76,12 @@ pub const TARGETS: &[Target] = &[
         seeds: seeds::segment_headers,
         repair: seeds::repair_page,
     },
+    Target {
+        name: "journal-spill-index",
+        entry: journal::fuzz::spill_index,
+        seeds: seeds::spill_indexes,
+        repair: seeds::repair_tail,
+    },
     Target { name: "protocol-message", entry: protocol::fuzz::message, seeds: seeds::messages, repair: keep },
 ];
 

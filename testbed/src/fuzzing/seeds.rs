@@ -7,6 +7,7 @@ use block::{
 use bytes::Bytes;
 use journal::{
     CUT_HEADER_BYTES, Checkpoint, Cursor, CutMeta, Lineage, Record, RecordKind, RedoConfig, SegmentHeader,
+    SpillIndex, SpillSegment,
 };
 use protocol::{Message, PROTOCOL_VERSION};
 
@@ -281,6 +282,33 @@ pub(super) fn segment_headers() -> Vec<Vec<u8>> {
         first_chain: ChainHash([6; 32]),
     };
     vec![header.encode().to_vec()]
+}
+
+/// Makes the checksum at the end right.
+pub(super) fn repair_tail(input: &mut [u8]) {
+    if let Some((body, checksum)) = input.split_last_chunk_mut::<4>() {
+        *checksum = crc32c::crc32c(body).to_le_bytes();
+    }
+}
+
+/// Indexes of a spill file.
+pub(super) fn spill_indexes() -> Vec<Vec<u8>> {
+    let committed = tip();
+    let at = committed.position.sequence;
+    let lineage = Lineage::from(committed.position);
+    let ends = (at.next(), at.next().next());
+    let (segment, _) = SpillSegment::seal(MIRROR, lineage, ends, WallTime(5), &[]);
+    let index = SpillIndex {
+        lineage,
+        capacity: 1 << 20,
+        last: ends.1.next(),
+        folded_from: Some(ends.1.next()),
+        commit_floor: at,
+        committed,
+        sent: vec![committed],
+        segments: vec![segment.at(8192)],
+    };
+    vec![index.encode()]
 }
 
 /// Control messages.

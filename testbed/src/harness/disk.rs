@@ -1,4 +1,4 @@
-//! A small disk that can run full, break and lose its power: ext4 on a loop device.
+//! A small disk that can run full, break and lose its power: ext4 on a loop device. And a large one, sparse, with XFS.
 //!
 //! It needs root and loop devices; where it cannot be made, a test says so and passes.
 
@@ -57,6 +57,28 @@ impl LoopDisk {
         }
         run("mkfs.ext4", &["-q", "-F", "-E", "lazy_itable_init=0", &disk.device])?;
         disk.mount()?;
+        Ok(Some(disk))
+    }
+
+    /// Makes a sparse disk of `bytes` with XFS, which allocates any space at once. `None`, with a note, where the machine
+    /// does not allow it.
+    ///
+    /// # Errors
+    /// If something else fails.
+    pub fn create_large(folder: PathBuf, bytes: u64) -> Result<Option<Self>> {
+        fs::create_dir_all(folder.join("disk"))?;
+        let mut disk = Self { folder, device: String::new(), mounts: Vec::new() };
+        let image = disk.folder.join("image");
+        File::create_new(&image)?.set_len(bytes)?;
+        match run("losetup", &["--find", "--show", &text(&image)]) {
+            Ok(device) => device.trim().clone_into(&mut disk.device),
+            Err(_) => return Ok(skipped("loop devices")),
+        }
+        // A small log: it is written at once.
+        run("mkfs.xfs", &["-q", "-K", "-l", "size=64m", &disk.device])?;
+        if disk.mount().is_err() {
+            return Ok(skipped("XFS"));
+        }
         Ok(Some(disk))
     }
 

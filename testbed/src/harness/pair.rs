@@ -34,8 +34,15 @@ impl Pair {
     /// # Errors
     /// If that fails.
     pub fn start_with(world: &World, flags: [Vec<String>; 2]) -> Result<Self> {
-        let [west, east] =
-            flags.map(|flags| SiteOptions { kek: Some(world.path("kek")), flags, ..SiteOptions::default() });
+        Self::start_as(world, flags.map(|flags| SiteOptions { flags, ..SiteOptions::default() }))
+    }
+
+    /// Starts both with these options, but for the key-encryption key, which they share, and makes them partners.
+    ///
+    /// # Errors
+    /// If that fails.
+    pub fn start_as(world: &World, options: [SiteOptions; 2]) -> Result<Self> {
+        let [west, east] = options.map(|options| SiteOptions { kek: Some(world.path("kek")), ..options });
         let west = world.site("west", west)?;
         let east = world.site("east", east)?;
         let links = [Relay::start(east.replication(), 1)?, Relay::start(west.replication(), 2)?];

@@ -26,6 +26,8 @@ pub struct SiteOptions {
     pub nbd_unix: bool,
     /// Further flags.
     pub flags: Vec<String>,
+    /// Settings that no flag has, as key and TOML value: they replace the defaults of `--dev`.
+    pub settings: Vec<(String, String)>,
 }
 
 /// A site: its directory, its addresses and, while it runs, its daemon.
@@ -57,8 +59,29 @@ impl Site {
             child: None,
             log,
         };
+        site.write_settings()?;
         site.resume()?;
         Ok(site)
+    }
+
+    /// Writes the settings file, if settings are given that no flag has.
+    fn write_settings(&self) -> Result<()> {
+        if self.options.settings.is_empty() {
+            return Ok(());
+        }
+        let mut command = self.development_command()?;
+        command.arg("--print-settings");
+        let mut text = finish(command, CLI_TIMEOUT)?.success()?;
+        for (key, value) in &self.options.settings {
+            let begin = format!("{key} = ");
+            let changed = |line: &str| match line.starts_with(&begin) {
+                true => format!("{begin}{value}\n"),
+                false => format!("{line}\n"),
+            };
+            ensure!(text.lines().any(|line| line.starts_with(&begin)), "no setting {key} in:\n{text}");
+            text = text.lines().map(changed).collect();
+        }
+        Ok(fs::write(self.directory.join("settings.toml"), text)?)
     }
 
     /// The daemon's command line.
@@ -66,6 +89,15 @@ impl Site {
     /// # Errors
     /// If the daemon has not been built.
     pub fn daemon_command(&self) -> Result<Command> {
+        if self.options.settings.is_empty() {
+            return self.development_command();
+        }
+        let mut command = Command::new(binary("farshored")?);
+        command.arg("--config").arg(self.directory.join("settings.toml"));
+        Ok(command)
+    }
+
+    fn development_command(&self) -> Result<Command> {
         let mut command = Command::new(binary("farshored")?);
         command
             .arg("--dev")

@@ -23,6 +23,7 @@ impl World {
         files.extend((0..volumes).map(|_| VirtualFile::new(2 * PAGE_BYTES)));
         files.push(VirtualFile::new(2 * PAGE_BYTES));
         files.extend((0..plan.redo.file_count()).map(|_| VirtualFile::new(plan.redo.segment_bytes())));
+        files.push(VirtualFile::new(plan.spill_bytes));
         let primary = site_id(0);
         Site {
             files,
@@ -47,6 +48,7 @@ impl World {
             wall_offset: 1_700_000_000 * SECOND + plan.skews[site],
             wall_offset_max: 1_700_000_000 * SECOND + plan.skews[site],
             slowness: 1,
+            spill_slowness: 1,
             acked_tip: None,
             lineage: None,
             policy: plan.policies[site],
@@ -70,6 +72,10 @@ impl World {
 
     pub(super) fn segment_file(&self, index: u32) -> usize {
         self.checkpoint_file() + 1 + super::size(u64::from(index))
+    }
+
+    pub(super) fn spill_file(&self) -> usize {
+        self.segment_file(self.plan.redo.file_count())
     }
 
     fn volume_size(&self, volume: usize) -> ByteCount {
@@ -160,9 +166,12 @@ impl World {
         let intents = (0..volumes).map(|volume| self.durable_intent(site, volume)).collect();
         let state = self.sites[site].state.clone();
         let clean = self.sites[site].clean.take().filter(|_| state.role == Role::Primary);
+        let continues = clean.as_ref().is_some_and(|clean| clean.journal.is_some());
+        self.statistics.continued += u64::from(continues);
+        let lineage = (state.epoch.0, state.incarnation.0);
         self.tell(|| {
             format!(
-                "site {site} starts: {state:?}, redo tip {:?} staged {:?}, clean {}",
+                "site {site} starts: {state:?}, redo tip {:?} staged {:?}, clean {}, with its journal {continues}",
                 redo.durable_tip.position,
                 redo.staged_tip.map(|(pass, tip)| (pass, tip.position)),
                 clean.is_some()
@@ -173,7 +182,8 @@ impl World {
         let group = Group::open(self.settings(site), state, opened, now);
         let known = &mut self.sites[site];
         known.group = Some(group);
-        known.lineage = None;
+        // A journal that was kept is of the same lineage; what follows it too.
+        known.lineage = continues.then_some(lineage);
         known.owed = Default::default();
         known.heard_epoch = 0;
         known.presented = false;
@@ -277,7 +287,13 @@ impl World {
             self.sites[site].files[file].sync(mark);
         }
         let clean = self.sites[site].group.as_mut().and_then(Group::clean_state);
-        self.tell(|| format!("site {site} stopped in order, clean state: {}", clean.is_some()));
+        // What the clean state names is on stable media.
+        let spill = self.spill_file();
+        self.sites[site].files[spill].lose_power(&mut self.random);
+        let kept = clean.as_ref().is_some_and(|clean| clean.journal.is_some());
+        self.tell(|| {
+            format!("site {site} stopped in order, clean state: {}, journal kept: {kept}", clean.is_some())
+        });
         self.sites[site].clean = clean;
         self.process_ended(site, 50 * MILLISECOND);
         self.sites[site].boot_due = true;

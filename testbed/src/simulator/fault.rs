@@ -17,6 +17,10 @@ pub(super) enum Zone {
     Intent,
     State,
     Cut,
+    Spill,
+    SpillRead,
+    /// What is read from the spill file is not what was written.
+    SpillRot,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +50,10 @@ impl World {
     /// Whether a request fails.
     pub(super) fn fails(&mut self, site: usize, operation: &Operation) -> bool {
         let homes = self.plan.volume_blocks.len();
+        let spill = self.spill_file();
         let zone = match operation {
+            Operation::Write { file, .. } | Operation::Sync { file, .. } if *file == spill => Zone::Spill,
+            Operation::Read { file, .. } if *file == spill => Zone::SpillRead,
             Operation::Write { file, .. } if *file < homes => Zone::HomeWrite,
             Operation::Write { file, .. } if *file < 2 * homes => Zone::Intent,
             Operation::Sync { file, .. } if *file < homes => Zone::HomeSync,
@@ -58,6 +65,14 @@ impl World {
         };
         let rate = self.errors.rate(site, zone, self.now);
         rate > 0 && self.random.chance(rate)
+    }
+
+    /// The byte of what is read that comes back changed, if one does.
+    pub(super) fn rots(&mut self, site: usize, operation: &Operation) -> Option<usize> {
+        let Operation::Read { file, length, .. } = operation else { return None };
+        let rate = self.errors.rate(site, Zone::SpillRot, self.now);
+        let rots = *file == self.spill_file() && rate > 0 && self.random.chance(rate);
+        rots.then(|| super::size(self.random.below(*length)))
     }
 
     fn errors(&mut self, zone: Zone, permille: u32) {
@@ -126,6 +141,23 @@ impl World {
             Fault::IntentErrors => self.errors(Zone::Intent, 200),
             Fault::StateErrors => self.errors(Zone::State, 400),
             Fault::DamageCuts => self.errors(Zone::Cut, 60),
+            Fault::SpillErrors => {
+                let zone = [Zone::Spill, Zone::SpillRead, Zone::SpillRot][self.random.index(3)];
+                let rate = [100, 1000][self.random.index(2)];
+                self.errors(zone, rate);
+            }
+            Fault::StopInOutage => {
+                let outage =
+                    MILLISECOND * (1 + self.random.below([50, 500, 3000][self.random.clone().index(3)]));
+                self.cut_link(outage + boot_after);
+                self.after(outage, Event::StopPrimary);
+            }
+            Fault::SlowSpill => {
+                let site = self.random.index(2);
+                self.sites[site].spill_slowness = [10, 1000][self.random.index(2)];
+                let lasts = self.random.below(3 * SECOND);
+                self.after(lasts, Event::SpillFast { site });
+            }
             Fault::SetPolicy => self.order_policy(),
             Fault::Verify => self.order_verify(),
         }
@@ -223,6 +255,7 @@ impl World {
         self.network.delay = (50_000, 500_000);
         for site in 0..2 {
             self.sites[site].slowness = 1;
+            self.sites[site].spill_slowness = 1;
             // A failed flush leaves a volume that only a restart heals.
             if self.needs_restart(site) {
                 self.crash(site, false, MILLISECOND);

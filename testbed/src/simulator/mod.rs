@@ -10,6 +10,7 @@
 //!   may land; a power loss also loses unflushed sectors;
 //! - home of a volume: writes, reads and syncs fail; a failed read fails once;
 //! - redo segments: writes, syncs and reads fail, but for the reads of a start;
+//! - spill file: writes, syncs and reads fail, what is read is damaged, all of it is slow;
 //! - intent file, checkpoint: writes fail and tear; reads of them do not fail;
 //! - group state and clean file: written atomically; a failed write of the state may have landed;
 //! - network: delay, cut, flapping, a damaged cut; control and data overtake each other;
@@ -73,6 +74,10 @@ pub struct Statistics {
     pub images: u64,
     /// Verifies that found and repaired what was planted.
     pub verified: u64,
+    /// Segments written to spill files.
+    pub spilled: u64,
+    /// Starts that went on with a clean stop's journal.
+    pub continued: u64,
 }
 
 impl Statistics {
@@ -88,6 +93,8 @@ impl Statistics {
         self.staged += other.staged;
         self.images += other.images;
         self.verified += other.verified;
+        self.spilled += other.spilled;
+        self.continued += other.continued;
     }
 }
 

@@ -3,7 +3,7 @@
 //! Each lineage (epoch and incarnation) starts from the home that the primary had then; its writes are noted with
 //! their sequences as they are issued. So the state after every sequence of every lineage is known block by block.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use block::Position;
 
@@ -27,6 +27,8 @@ struct Version {
 struct Lineage {
     site: usize,
     base: Vec<u64>,
+    /// Sequences of hosts' writes.
+    taken: BTreeSet<u64>,
     versions: BTreeMap<usize, Vec<Version>>,
 }
 
@@ -43,6 +45,8 @@ pub(super) struct Acked {
 pub(super) struct Oracle {
     lineages: BTreeMap<LineageKey, Lineage>,
     epochs: BTreeMap<u64, usize>,
+    /// Both sites were promoted in this epoch, by two operators, and no host wrote at the second one.
+    pub(super) forked_epoch: Option<u64>,
     /// Acknowledged writes by site that may not be at the other one.
     pub(super) acked: [VecDeque<Acked>; 2],
 }
@@ -59,6 +63,9 @@ impl Oracle {
     /// A primary begins a lineage with this home. Positions must never be used twice.
     pub(super) fn begin(&mut self, lineage: LineageKey, site: usize, base: Vec<u64>) -> Result<(), String> {
         let owner = *self.epochs.entry(lineage.0).or_insert(site);
+        if owner != site && self.forked_epoch == Some(lineage.0) {
+            return Ok(());
+        }
         if owner != site {
             return Err(format!("site {site} writes in epoch {} of site {owner}", lineage.0));
         }
@@ -66,12 +73,18 @@ impl Oracle {
         if let Some((last, _)) = newest.filter(|(last, known)| **last >= lineage && known.site == site) {
             return Err(format!("lineage {lineage:?} does not follow {last:?} of the same site"));
         }
-        self.lineages.insert(lineage, Lineage { site, base, versions: BTreeMap::new() });
+        self.lineages
+            .insert(lineage, Lineage { site, base, taken: BTreeSet::new(), versions: BTreeMap::new() });
         Ok(())
     }
 
     pub(super) fn owner(&self, lineage: LineageKey) -> Option<usize> {
         self.lineages.get(&lineage).map(|lineage| lineage.site)
+    }
+
+    /// A host's write takes a sequence: false if another one had it.
+    pub(super) fn takes(&mut self, lineage: LineageKey, sequence: u64) -> bool {
+        self.lineages.get_mut(&lineage).is_none_or(|lineage| lineage.taken.insert(sequence))
     }
 
     /// A write of a block is issued.
@@ -121,6 +134,15 @@ impl Oracle {
             let after = if *key == lineage { sequence } else { 0 };
             let versions = known.versions.get(&block).map_or(&[][..], Vec::as_slice);
             versions.iter().any(|version| version.sequence > after)
+        })
+    }
+
+    /// Whether the block ever had this content in an epoch after `epoch`: then a later primary has, or had, it.
+    pub(super) fn had_after(&self, epoch: u64, block: usize, hash: u64) -> bool {
+        let mut later = self.lineages.iter().filter(|(key, _)| key.0 > epoch);
+        later.any(|(_, known)| {
+            let versions = known.versions.get(&block).map_or(&[][..], Vec::as_slice);
+            known.base[block] == hash || versions.iter().any(|version| version.hash == hash)
         })
     }
 

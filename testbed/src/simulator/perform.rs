@@ -91,7 +91,11 @@ impl World {
             Operation::Nothing => 5_000,
         };
         let tail = if self.random.chance(20) { 10 } else { 1 };
-        let delay = (5_000 + self.random.below(2 * usual)) * tail * self.sites[site].slowness;
+        let slowness = match operation.file() {
+            Some(file) if file == self.spill_file() => self.sites[site].spill_slowness,
+            Some(_) | None => 1,
+        };
+        let delay = (5_000 + self.random.below(2 * usual)) * tail * self.sites[site].slowness * slowness;
         self.sites[site].pending.insert(key, Pending { operation, answer });
         self.after(delay, Event::Io { site, key });
     }
@@ -137,6 +141,9 @@ impl World {
         self.tell(|| {
             format!("site {site} writes volume {file} {range} sequence {sequence}, blocks {first}+{count}")
         });
+        if !self.oracle.takes(lineage, sequence.0) {
+            return self.fail(format!("site {site} uses sequence {sequence} of lineage {lineage:?} twice"));
+        }
         for block in 0..count {
             let hash = match &content {
                 Content::Data(bytes) => oracle::hash(&bytes[block * 4096..(block + 1) * 4096]),
@@ -193,6 +200,11 @@ impl World {
                 let range = ByteRange::new(offset, length).unwrap_or_default();
                 return self.read(site, file, range, answer);
             }
+            IoRequest::SpillRead { offset, length } => {
+                let range = ByteRange::new(offset, length).unwrap_or_default();
+                return self.read(site, self.spill_file(), range, answer);
+            }
+            IoRequest::SpillWrite { .. } => self.statistics.spilled += 1,
             IoRequest::HomeWrite { .. } | IoRequest::HomeZero { .. } => self.check_target_write(site),
             IoRequest::Persist(ref state) => {
                 if let Some(text) = self.persist_fault(site, state) {
@@ -203,11 +215,16 @@ impl World {
             | IoRequest::IntentWrite { .. }
             | IoRequest::RedoWrite { .. }
             | IoRequest::RedoSync { .. }
+            | IoRequest::SpillSync
             | IoRequest::CheckpointWrite { .. } => {}
         }
         let write = |file, offset, content, durable| Operation::Write { file, offset, content, durable };
         let operation = match request {
-            IoRequest::HomeRead { .. } | IoRequest::RedoRead { .. } => return,
+            IoRequest::HomeRead { .. } | IoRequest::RedoRead { .. } | IoRequest::SpillRead { .. } => return,
+            IoRequest::SpillWrite { offset, data } => {
+                write(self.spill_file(), offset, Content::Data(Bytes::from(data.concat())), false)
+            }
+            IoRequest::SpillSync => self.sync(site, self.spill_file()),
             IoRequest::HomeWrite { volume, offset, data } => {
                 write(usize::from(volume.0), offset, Content::Data(data), false)
             }
@@ -238,6 +255,7 @@ impl World {
     pub(super) fn complete(&mut self, site: usize, key: u64) {
         let Some(Pending { operation, answer }) = self.sites[site].pending.remove(&key) else { return };
         let failed = self.fails(site, &operation);
+        let rots = self.rots(site, &operation);
         self.note(key * 2 + u64::from(failed));
         let mut data = Bytes::new();
         let files = &mut self.sites[site].files;
@@ -256,6 +274,9 @@ impl World {
                 let half = wide(first.len());
                 let mut whole = BytesMut::from(first);
                 whole.extend_from_slice(&files[file].read(offset + half, length - half));
+                if let Some(byte) = rots.and_then(|at| whole.get_mut(at)) {
+                    *byte ^= 0x10;
+                }
                 data = whole.freeze();
             }
             Operation::Persist(state) => {

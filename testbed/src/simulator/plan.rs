@@ -36,6 +36,9 @@ pub(super) enum Fault {
     IntentErrors,
     StateErrors,
     DamageCuts,
+    SpillErrors,
+    SlowSpill,
+    StopInOutage,
     SetPolicy,
     Verify,
 }
@@ -65,6 +68,9 @@ impl Fault {
         Self::IntentErrors,
         Self::StateErrors,
         Self::DamageCuts,
+        Self::SpillErrors,
+        Self::SlowSpill,
+        Self::StopInOutage,
         Self::SetPolicy,
         Self::Verify,
     ];
@@ -78,6 +84,8 @@ pub(super) struct Plan {
     pub(super) region_bytes: u64,
     pub(super) intent_budget_regions: u64,
     pub(super) ring: RingBudget,
+    /// Bytes of the spill file; 0 is none.
+    pub(super) spill_bytes: u64,
     pub(super) cut_bytes: u64,
     pub(super) cut_interval: Duration,
     pub(super) start_grace: Duration,
@@ -138,6 +146,7 @@ impl Plan {
             region_bytes,
             intent_budget_regions: [0, 2, 1000][random.index(3)],
             ring: RingBudget { bytes_max: ring_bytes, records_max: [16, 64, 1000][random.index(3)] },
+            spill_bytes: KIB * [0, 64, 512, 8192][random.index(4)],
             cut_bytes,
             cut_interval: Duration::from_millis([1, 10, 50][random.index(3)]),
             start_grace: Duration::from_millis([100, 2000, 30_000][random.index(3)]),

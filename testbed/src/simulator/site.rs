@@ -36,6 +36,16 @@ pub(super) enum Operation {
     Nothing,
 }
 
+impl Operation {
+    /// The file that it is about.
+    pub(super) const fn file(&self) -> Option<usize> {
+        match self {
+            Self::Write { file, .. } | Self::Sync { file, .. } | Self::Read { file, .. } => Some(*file),
+            Self::Persist(_) | Self::Nothing => None,
+        }
+    }
+}
+
 /// Who is answered.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Answer {
@@ -102,6 +112,8 @@ pub(super) struct Site {
     pub(super) wall_offset_max: u64,
     /// How many times slower than usual its disk is.
     pub(super) slowness: u64,
+    /// How many times slower still its spill file is.
+    pub(super) spill_slowness: u64,
     /// As a target: the last position that it acknowledged as committed.
     pub(super) acked_tip: Option<Position>,
     pub(super) lineage: Option<LineageKey>,

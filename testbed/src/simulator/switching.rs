@@ -163,3 +163,74 @@ fn a_switch_survives_each_fault_at_any_of_its_events() {
         disturb_everywhere(seed);
     }
 }
+
+/// Two operators take the role at the same time: one by `failover` at the side that gave it up, one at its partner.
+fn make_fork(world: &mut World) {
+    run_until(world, "load", |world| world.now > SECOND + 200 * MILLISECOND);
+    assert!(world.enter(0).is_some_and(|group| Group::switch(group).is_ok()));
+    world.pump(0);
+    // From here on no host writes: the oracle knows one lineage.
+    world.plan.load_end = world.now;
+    run_until(world, "the role is given up", |world| world.sites[0].state.relinquished.is_some());
+    world.network.up = false;
+    world.sever_sessions(50 * MILLISECOND);
+    world.oracle.forked_epoch = Some(2);
+    for site in 0..2 {
+        run_until(world, "a promotion", |world| {
+            world.sites[site].forced_epoch = 2;
+            let begun = world.enter(site).is_some_and(|group| group.failover().is_ok());
+            world.pump(site);
+            begun
+        });
+    }
+    let promoted =
+        |world: &mut World| world.sites.iter().all(|site| site.presented && site.state.epoch.0 == 2);
+    run_until(world, "both sides serve hosts", promoted);
+    world.network.up = true;
+}
+
+fn run_until(world: &mut World, what: &str, mut done: impl FnMut(&mut World) -> bool) {
+    while !done(world) {
+        let Some(((at, _), event)) = world.events.pop_first() else {
+            panic!("nothing happens any more: {what}")
+        };
+        world.now = at;
+        assert!(at < 300 * SECOND, "not in time: {what}: {}", world.describe());
+        world.handle(event);
+        assert_eq!(world.failure, None, "{what}");
+    }
+}
+
+#[test]
+fn a_fork_rests_until_an_operator_chooses_a_side() {
+    for chosen in 0..2 {
+        let mut world = World::new(3, 0);
+        world.plan.faults.clear();
+        world.plan.iops = None;
+        world.plan.load_end = u64::MAX;
+        world.create();
+        world.after(0, Event::Host);
+        world.after(MILLISECOND, Event::Check);
+        make_fork(&mut world);
+        let reports = |world: &mut World| {
+            (0..2).all(|site| {
+                let snapshot = world.enter(site).and_then(|group| group.mirror_snapshot());
+                snapshot
+                    .and_then(|mirror| mirror.reason)
+                    .is_some_and(|reason| reason.contains("promoted in epoch 2"))
+            })
+        };
+        run_until(&mut world, "both sides report the fork", reports);
+        assert!(world.enter(chosen).is_some_and(|group| group.start(false).is_err()), "no side was chosen");
+        world.sites[chosen].forced_epoch = 3;
+        assert!(world.enter(chosen).is_some_and(|group| group.start(true).is_ok()));
+        world.pump(chosen);
+        run_until(&mut world, "the other side is fenced", |world| !world.sites[1 - chosen].presented);
+        assert!(world.sites[1 - chosen].state.diverged || !world.sites[1 - chosen].presented);
+        world.heal();
+        run_until(&mut world, "both sides are equal", World::is_converged);
+        world.check_final();
+        assert_eq!(world.failure, None);
+        assert_eq!((world.site_in(Role::Primary), world.sites[chosen].state.epoch.0), (Some(chosen), 3));
+    }
+}

@@ -31,6 +31,8 @@ pub(super) enum Event {
     Boot { site: usize },
     LinkUp,
     DiskFast { site: usize },
+    SpillFast { site: usize },
+    StopPrimary,
     Check,
 }
 
@@ -143,6 +145,7 @@ impl World {
             site: site_id(site),
             volumes: volumes.collect(),
             ring: self.plan.ring,
+            spill_bytes: self.plan.spill_bytes,
             cut_bytes: self.plan.cut_bytes,
             cut_interval: self.plan.cut_interval,
             region_bytes: self.plan.region_bytes,
@@ -211,6 +214,12 @@ impl World {
                 self.network.up = true;
             }
             Event::DiskFast { site } => self.sites[site].slowness = 1,
+            Event::SpillFast { site } => self.sites[site].spill_slowness = 1,
+            Event::StopPrimary => {
+                if let Some(site) = self.site_in(protocol::Role::Primary).filter(|_| !self.healing) {
+                    self.begin_stop(site);
+                }
+            }
             Event::Check => self.periodic_check(),
         }
     }

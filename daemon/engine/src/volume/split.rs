@@ -50,6 +50,9 @@ pub(super) struct Splitter {
     kind: Kind,
     at: u64,
     end: u64,
+    /// What begins when all else has ended: the partial units of a fast zeroing. Where the file system cannot zero ranges
+    /// that fails with nothing changed.
+    late: [ByteRange; 2],
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -73,19 +76,34 @@ impl Splitter {
             HostCommand::Trim { range, .. } if large(range) => (Kind::ZeroRange, range.unit_inward()),
             HostCommand::Trim { .. } | HostCommand::Flush => (Kind::ZeroRange, ByteRange::default()),
             HostCommand::Cache { range } | HostCommand::Status { range, .. } => (Kind::Inquiry, *range),
+            HostCommand::WriteZeroes { range, fast: true, .. } if large(range) => {
+                return Self::fast_zeroes(*range);
+            }
             HostCommand::WriteZeroes { range, .. } if large(range) => (Kind::ZeroesRange, *range),
             HostCommand::WriteZeroes { range, .. } => (Kind::ZeroesWritten, *range),
         };
-        Self { kind, at: range.offset(), end: range.end() }
+        Self { kind, at: range.offset(), end: range.end(), late: [ByteRange::default(); 2] }
+    }
+
+    fn fast_zeroes(range: ByteRange) -> Self {
+        let units = range.unit_inward();
+        let part = |start, end| ByteRange::between(start, end).unwrap_or_default();
+        let late = [part(range.offset(), units.offset()), part(units.end(), range.end())];
+        Self { kind: Kind::ZeroRange, at: units.offset(), end: units.end(), late }
     }
 
     /// True if no step is to come.
-    pub(super) const fn is_done(&self) -> bool {
-        self.at >= self.end
+    pub(super) fn is_done(&self) -> bool {
+        self.at >= self.end && self.late.iter().all(|part| part.is_empty())
+    }
+
+    /// True if the next step begins only when the others have ended.
+    pub(super) fn awaits_others(&self) -> bool {
+        self.at >= self.end && !self.is_done()
     }
 
     /// True if a step of the command may use ZERO_RANGE, which no write makes durable.
-    pub(super) const fn zeroes_ranges(&self) -> bool {
+    pub(super) fn zeroes_ranges(&self) -> bool {
         match self.kind {
             Kind::ZeroRange | Kind::ZeroesRange => !self.is_done(),
             Kind::Read | Kind::Seal | Kind::Inquiry | Kind::ZeroesWritten => false,
@@ -118,8 +136,9 @@ impl Iterator for Splitter {
     type Item = Task;
 
     fn next(&mut self) -> Option<Task> {
-        if self.is_done() {
-            return None;
+        if self.at >= self.end {
+            let late = self.late.iter_mut().find(|part| !part.is_empty())?;
+            return Some(Task::Seal(std::mem::take(late)));
         }
         let end = match self.kind {
             Kind::Read | Kind::Seal | Kind::ZeroRange | Kind::Inquiry => self.step_end(),

@@ -5,7 +5,6 @@ use std::num::NonZeroU32;
 use proptest::prelude::*;
 
 use super::*;
-use crate::ZERO_STEP_BYTES_MAX;
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 4 * MIB;
@@ -322,10 +321,10 @@ fn a_huge_trim_has_few_steps_in_flight() {
     let mut shard = Shard::new(volume(size, IopsLimit::Unlimited, true), 0);
     shard.volume.submit(Monotonic(0), CommandId(0), trim(5, size - 5, false));
     shard.collect();
-    assert_eq!(shard.pending.len(), STEPS_IN_FLIGHT_MAX);
+    assert_eq!(shard.pending.len(), ZERO_STEPS_IN_FLIGHT_MAX);
     for _ in 0..100 {
         shard.end(0, Ok(()));
-        assert_eq!(shard.volume.steps.len(), STEPS_IN_FLIGHT_MAX);
+        assert_eq!(shard.volume.steps.len(), ZERO_STEPS_IN_FLIGHT_MAX);
         let zero = shard.pending.pop().unwrap();
         let Effect::ZeroRange { step, .. } = zero else { panic!("{zero:?}") };
         shard.volume.zeroed(Monotonic(0), step, Ok(()));
@@ -345,6 +344,31 @@ fn a_huge_trim_has_few_steps_in_flight() {
     }
     assert_eq!(shard.reply(0), Some(Err(HostError::Shutdown)));
     assert_eq!(shard.volume.in_flight(), 0);
+}
+
+#[test]
+fn a_fast_zeroing_changes_nothing_where_ranges_cannot_be_zeroed() {
+    for (offset, length) in [(100, 2 * MIB), (0, MIB + 7), (4095, MIB), (4096, MIB)] {
+        let mut shard = Shard::new(volume(SIZE, IopsLimit::Unlimited, false), SIZE);
+        let range = range(offset, length);
+        let command = HostCommand::WriteZeroes { range, fua: true, no_hole: false, fast: true };
+        let mut model = shard.home.clone();
+        for (id, result) in [(0, Err(HostError::NotSupported)), (1, Ok(()))] {
+            shard.submit(id, command);
+            assert!(!shard.pending.is_empty());
+            let whole = |effect: &Effect| matches!(effect, Effect::ZeroRange { .. });
+            assert!(shard.pending.iter().all(whole), "the ends come last: {:?}", shard.pending);
+            while shard.pending.iter().any(whole) {
+                shard.end(0, result);
+            }
+            shard.end_all();
+            if result.is_ok() {
+                apply_to_model(&mut model, id, &command);
+            }
+            assert_eq!(shard.reply(id), Some(result));
+            assert!(shard.home == model, "{range}: {result:?}");
+        }
+    }
 }
 
 #[test]
