@@ -680,12 +680,9 @@ impl Primary {
 
     /// When a cut may go that waits for its time or for the bandwidth.
     fn cut_timeout(&self) -> Option<Monotonic> {
-        // A heartbeat is due only while nothing waits for a cut.
+        // A heartbeat is due only while nothing waits for a cut; what was refused for the bandwidth is due already.
         let due = self.cut_due.or_else(|| self.pass.is_none().then(|| self.last_cut + HEARTBEAT));
-        match (due, self.bandwidth.poll_timeout()) {
-            (Some(due), Some(ready)) => Some(due.max(ready)),
-            (due, ready) => due.or(ready),
-        }
+        self.bandwidth.poll_timeout().or(due)
     }
 
     /// Above the budget the coldest intent bits clear: first a flush of home, then the rule of the tracker.

@@ -23,6 +23,7 @@ use protocol::{Held, Message, VERIFY_BLOCKS_MAX, VerifyReply, VerifyRequest};
 
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose};
 use super::primary::{Gate, Primary};
+use super::roles::StateChange;
 use super::{Group, Machine, Mirror, VerbRefused};
 
 pub use report::{VerifyProgress, VerifyReport};
@@ -452,7 +453,8 @@ impl Group {
     pub fn verify(&mut self, repair_from: Option<Side>) -> Result<(), VerbRefused> {
         let stamp = self.stamp;
         let mirror = self.mirror_in_role("verify")?;
-        if mirror.state.stopped {
+        let stops = mirror.changes.iter().any(|change| matches!(change, StateChange::Stopped(true)));
+        if mirror.state.stopped || stops {
             let text = "the mirror is stopped: 'farshore mirror start' first, so that there is one order to compare in";
             return Err(VerbRefused(text.to_owned()));
         }
