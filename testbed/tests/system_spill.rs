@@ -10,9 +10,11 @@ use testbed::harness::{Fio, Load, Pair, RelaySettings, SiteOptions, World};
 
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(60);
 const REGION_BYTES: u64 = 4 << 20;
-/// A ring and a spill file so small that seconds fill them.
+/// A ring so small that a moment fills it, and a spill file that takes some seconds of the writers at full speed.
 const RING_BYTES: u64 = 4 << 20;
-const SPILL_BYTES: u64 = 64 << 20;
+const SPILL_BYTES: u64 = 512 << 20;
+/// How long the writers that remember write at full speed into an outage.
+const BURST: Duration = Duration::from_millis(300);
 const RESYNC: &str = "a resync begins";
 
 fn pair(world: &World) -> Result<Pair> {
@@ -54,7 +56,7 @@ fn sequence(view: &Value) -> u64 {
 /// Cuts the link and writes until records are spilled.
 fn spill(pair: &Pair, load: &mut Load) -> Result<Value> {
     pair.cut();
-    load.run_for(&pair.west.export("data"), Duration::from_secs(1))?;
+    load.run_for(&pair.west.export("data"), BURST)?;
     fill(pair, 16)?;
     pair.west.wait_for_mirror("spilled", Duration::from_secs(10), |view| {
         let spilled = view.pointer("/memory/spill_bytes").and_then(Value::as_u64);
@@ -82,8 +84,8 @@ fn an_outage_goes_from_ring_to_spill_to_dirty_map_and_all_the_way_back() -> Resu
         pair.check_equal("data")?;
 
         spill(&pair, &mut load)?;
-        fill(&pair, 96)?;
-        load.run_for(&pair.west.export("data"), Duration::from_secs(1))?;
+        fill(&pair, 2 * (SPILL_BYTES >> 20))?;
+        load.run_for(&pair.west.export("data"), BURST)?;
         let view = pair.west.mirror_view()?;
         ensure!(view["journal_tier"] == "dirty-map", "the spill file is full: {view:#}");
         let held = view["memory"]["ring_bytes"].as_u64();
@@ -107,31 +109,31 @@ fn a_flapping_link_moves_the_recovery_point_while_records_are_spilled() -> Resul
         let writer = Fio::new(&pair.west.export("data"))
             .option("rw", "randwrite")
             .option("bs", "64k")
-            .option("rate", "8M")
+            .option("rate", "12M")
             .option("iodepth", 4)
-            .time_based(0, 7);
+            .time_based(0, 10);
         let writer = writer.start()?;
-        let mut moved = 0;
-        let mut last = None;
-        let deadline = Instant::now() + Duration::from_secs(6);
+        let mut seen = Vec::new();
+        let deadline = Instant::now() + Duration::from_secs(12);
         while Instant::now() < deadline {
             pair.set_link(RelaySettings { cut: true, ..slow });
-            thread::sleep(Duration::from_millis(150));
+            thread::sleep(Duration::from_millis(300));
             pair.set_link(slow);
-            let up = Instant::now() + Duration::from_millis(900);
+            let up = Instant::now() + Duration::from_millis(1500);
             while Instant::now() < up {
                 let view = pair.west.mirror_view()?;
                 ensure!(view["journal_tier"] != "dirty-map", "the spill takes all of it: {view:#}");
-                let now = (view["journal_tier"] == "spill").then(|| sequence(&view));
-                if let (Some(before), Some(now)) = (last, now) {
-                    moved += u32::from(now > before);
-                }
-                last = now;
+                seen.push((view["journal_tier"] == "spill").then(|| sequence(&view)));
                 thread::sleep(Duration::from_millis(50));
             }
         }
         writer.finish(Duration::from_secs(60))?.success()?;
-        ensure!(moved >= 3, "the recovery point moved {moved} times while records were spilled");
+        let moves = |pair: &&[Option<u64>]| match pair {
+            [Some(before), Some(after)] => after > before,
+            _ => false,
+        };
+        let moved = seen.windows(2).filter(moves).count();
+        ensure!(moved >= 3, "the recovery point moved {moved} times while records were spilled: {seen:?}");
         pair.set_link(RelaySettings::default());
         synchronized(&pair)?;
         let resync = pair.west.log().wait_for(from, Duration::ZERO, |line| line.contains(RESYNC));
@@ -149,9 +151,10 @@ fn a_kill_while_records_are_spilled_discards_them_and_both_sites_become_equal() 
             let before = spill(&pair, &mut load)?;
             pair.west.kill9()?;
             pair.west.resume()?;
-            let view = pair.west.mirror_view()?;
             let incarnation = |view: &Value| view["position"]["incarnation"].as_u64();
-            ensure!(incarnation(&view) > incarnation(&before), "round {round}: {view:#}");
+            let view = pair.west.wait_for_mirror("in a new incarnation", EXPORT_TIMEOUT, |view| {
+                incarnation(view) > incarnation(&before)
+            })?;
             ensure!(view["memory"]["spill_bytes"] == 0, "nothing of the file counts: {view:#}");
             pair.heal();
             pair.west.wait_for_export("data", EXPORT_TIMEOUT)?.disconnect()?;
@@ -193,8 +196,9 @@ fn a_clean_stop_while_records_are_spilled_continues_without_a_resync() -> Result
         let before = pair.west.mirror_view()?;
         pair.west.kill9()?;
         pair.west.resume()?;
-        let view = pair.west.mirror_view()?;
-        ensure!(view["position"]["incarnation"] != before["position"]["incarnation"], "{view:#}");
+        pair.west.wait_for_mirror("in a new incarnation", EXPORT_TIMEOUT, |view| {
+            view["position"]["incarnation"] != before["position"]["incarnation"]
+        })?;
         pair.heal();
         pair.west.wait_for_export("data", EXPORT_TIMEOUT)?.disconnect()?;
         synchronized(&pair)?;

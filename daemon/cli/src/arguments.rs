@@ -8,8 +8,8 @@ use std::time::Duration;
 use block::{ByteCount, VolumeName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{
-    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Rate, Side, TlsRule,
-    UnknownState, VolumeAccessChange, VolumeCreate,
+    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Rate, RecoveryTarget,
+    Side, TlsRule, UnknownState, VolumeAccessChange, VolumeCreate,
 };
 
 /// Where a daemon started with `--config` listens if its settings do not say otherwise.
@@ -246,7 +246,14 @@ pub(crate) enum MirrorCommand {
         /// Accept that writes after the recovery point are lost.
         #[arg(long)]
         accept_loss: bool,
+        /// Go back to the last recovery point at or before this one: a time in UTC, or a sequence. Without
+        /// --accept-loss it is only said which one that is.
+        #[arg(long, value_name = "TIME|SEQUENCE")]
+        at: Option<RecoveryTarget>,
     },
+    /// Drills: a writable copy of the secondary's image while the mirror goes on.
+    #[command(subcommand)]
+    Drill(DrillCommand),
     /// Wait until the mirror is caught up or in a state.
     Wait {
         /// The mirror's name.
@@ -260,6 +267,23 @@ pub(crate) enum MirrorCommand {
     },
     /// Delete the mirror; the volumes stay.
     Delete {
+        /// The mirror's name.
+        name: VolumeName,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DrillCommand {
+    /// Export a writable copy of each volume as NAME@drill.
+    Start {
+        /// The mirror's name.
+        name: VolumeName,
+        /// Of the last recovery point at or before this one: a time in UTC, or a sequence; the newest if not given.
+        #[arg(long, value_name = "TIME|SEQUENCE")]
+        at: Option<RecoveryTarget>,
+    },
+    /// Discard the copy.
+    Stop {
         /// The mirror's name.
         name: VolumeName,
     },

@@ -7,15 +7,15 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
-    CERTIFICATE_BYTES_MAX, Call, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify,
-    OrphansRequest, PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
+    CERTIFICATE_BYTES_MAX, Call, DrillStart, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart,
+    MirrorVerify, OrphansRequest, PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::arguments::{
-    Arguments, CertificateCommand, Command, MirrorCommand, MirrorCreateArguments, MirrorSetArguments,
-    PartnerCommand, VolumeCommand, VolumeCreateArguments,
+    Arguments, CertificateCommand, Command, DrillCommand, MirrorCommand, MirrorCreateArguments,
+    MirrorSetArguments, PartnerCommand, VolumeCommand, VolumeCreateArguments,
 };
 use crate::client::Client;
 use crate::output;
@@ -150,7 +150,15 @@ impl Session {
                 let request = OrphansRequest { export: export.map(|path| absolute(&path)).transpose()? };
                 self.ask(&Call::mirror_orphans(&name, &request), views::orphans).await
             }
-            MirrorCommand::Failover { name, accept_loss } => self.failover(&name, accept_loss).await,
+            MirrorCommand::Failover { name, accept_loss, at } => {
+                self.failover(&name, FailoverRequest { accept_loss, at }).await
+            }
+            MirrorCommand::Drill(DrillCommand::Start { name, at }) => {
+                self.ask(&Call::mirror_drill_start(&name, DrillStart { at }), views::mirror).await
+            }
+            MirrorCommand::Drill(DrillCommand::Stop { name }) => {
+                self.ask(&Call::mirror_drill_stop(&name), views::mirror).await
+            }
             MirrorCommand::Wait { name, goal, timeout } => {
                 let view = wait(&self.client, &name, goal, timeout).await?;
                 self.print(&view, views::mirror)
@@ -162,9 +170,9 @@ impl Session {
         }
     }
 
-    async fn failover(&self, name: &VolumeName, accept_loss: bool) -> anyhow::Result<()> {
-        if accept_loss {
-            let call = Call::mirror_failover(name, FailoverRequest { accept_loss });
+    async fn failover(&self, name: &VolumeName, failover: FailoverRequest) -> anyhow::Result<()> {
+        if failover.accept_loss || failover.at.is_some() {
+            let call = Call::mirror_failover(name, failover);
             return self.ask(&call, |result| views::failover(name, result)).await;
         }
         let view = self.client.send(&Call::mirror_show(name)).await?;

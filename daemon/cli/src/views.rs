@@ -97,6 +97,22 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
         let end = resync.eta_seconds.map_or("unknown".to_owned(), seconds);
         format!("{} bytes to go, ends in {end}", resync.remaining_bytes)
     });
+    let drill = view.drill.as_ref().map(|drill| {
+        format!(
+            "{} of {} as {}, scratch {} of {} bytes",
+            drill.recovery_point.position,
+            drill.recovery_point.time,
+            drill.exports.join(" "),
+            drill.scratch_bytes,
+            drill.scratch_bytes_max
+        )
+    });
+    let window = view.window.map(|window| {
+        let oldest = window.oldest.map_or("nothing older than the newest".to_owned(), |oldest| {
+            format!("back to {} of {}", oldest.position, oldest.time)
+        });
+        format!("{:.3}s of {}s: {oldest}", window.seconds, window.seconds_wanted)
+    });
     Table::properties(vec![
         ("name", Some(view.name.to_string())),
         ("mode", Some(view.mode.to_string())),
@@ -111,6 +127,8 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
         ("epoch", Some(view.epoch.to_string())),
         ("position", Some(view.position.to_string())),
         ("recovery point", Some(point.unwrap_or_else(|| "none yet".to_owned()))),
+        ("window", window),
+        ("drill", drill),
         ("RPO", Some(rpo(view))),
         ("RPO budget", Some(budget(view))),
         ("backlog", Some(format!("{} bytes in {}", view.backlog_bytes, view.journal_tier))),

@@ -102,6 +102,8 @@ fn mirror(state: MirrorState) -> MirrorView {
         resync_rate: control::Rate::default(),
         verify: None,
         memory: control::MirrorMemory::default(),
+        window: None,
+        drill: None,
         volumes: vec!["a".parse().unwrap()],
         partner: "az2".parse().unwrap(),
     }

@@ -8,8 +8,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    CertificateView, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify,
-    MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, StatusView,
+    CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart,
+    MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, StatusView,
     VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
@@ -192,6 +192,16 @@ impl Call<MirrorView> {
     /// Starts a mirror.
     pub fn mirror_start(name: &VolumeName, start: MirrorStart) -> Self {
         Self::post(format!("/v1/mirrors/{name}/start"), &start)
+    }
+
+    /// Begins a drill at the secondary.
+    pub fn mirror_drill_start(name: &VolumeName, drill: DrillStart) -> Self {
+        Self::post(format!("/v1/mirrors/{name}/drill/start"), &drill)
+    }
+
+    /// Ends a drill; its copy is discarded.
+    pub fn mirror_drill_stop(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/mirrors/{name}/drill/stop"))
     }
 
     /// Gives the primary's role to the secondary; nothing is lost.

@@ -12,6 +12,7 @@ mod mirror;
 mod partner;
 mod policy;
 mod problem;
+mod recovery;
 mod status;
 mod time;
 mod verify;
@@ -31,6 +32,7 @@ pub use mirror::{
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
 pub use policy::{HostWrites, MirrorSet, PressureView, Rate, RateError};
 pub use problem::{Problem, ProblemKind};
+pub use recovery::{DrillStart, DrillView, RecoveryTarget, RecoveryTargetError, WindowView};
 pub use status::{Counts, StatusView};
 pub use time::{Timestamp, TimestampError};
 pub use verify::{Extent, MirrorVerify, VerifyState, VerifyView};

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use block::{Position, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use crate::{PressureView, Rate, Timestamp, VerifyView};
+use crate::{DrillView, PressureView, Rate, RecoveryTarget, Timestamp, VerifyView, WindowView};
 
 /// Gives an enum its words, the same in JSON, on the command line and in tables.
 macro_rules! words {
@@ -199,6 +199,9 @@ pub struct FailoverRequest {
     /// The operator accepts that writes after the recovery point are lost; refused if not.
     #[serde(default)]
     pub accept_loss: bool,
+    /// Go back to the last recovery point at or before this one; none for the newest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<RecoveryTarget>,
 }
 
 /// What a failover cost.
@@ -255,7 +258,7 @@ pub struct RecoveryPoint {
     /// Epoch, origin, incarnation and sequence.
     #[serde(flatten)]
     pub position: Position,
-    /// The target's clock when the point's cut was received.
+    /// The target's clock when the point's cut was received; seen from the primary, the primary's when it was closed.
     pub time: Timestamp,
 }
 
@@ -342,6 +345,12 @@ pub struct MirrorView {
     pub verify: Option<VerifyView>,
     /// What it holds in memory.
     pub memory: MirrorMemory,
+    /// The retention window; null at a primary, and without an image.
+    #[serde(default)]
+    pub window: Option<WindowView>,
+    /// The drill that runs at this site.
+    #[serde(default)]
+    pub drill: Option<DrillView>,
     /// The volumes, in the order of their index.
     pub volumes: Vec<VolumeName>,
     /// The partner.

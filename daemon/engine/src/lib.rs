@@ -3,7 +3,8 @@
 //! Guarantees, for one volume: commands are charged to its IOPS limit and split into steps ([`volume`]);
 //! overlapping writes are serialised ([`locks`]); blocks that the write journal no longer holds, and regions
 //! that may differ from the target, are kept ([`dirty_map`], [`intent_map`], [`region_tracker`]); a cut of the
-//! write journal becomes disjoint device operations ([`apply`]).
+//! write journal becomes disjoint device operations ([`apply`]), and what is committed but not yet at home is
+//! found in the redo log ([`overlay`]).
 //!
 //! The crate is pure: it holds no payload, key, file or clock. Time comes in as an argument, device operations
 //! go out as values, and the caller reports how they ended.
@@ -14,6 +15,7 @@ mod bits;
 pub mod dirty_map;
 pub mod intent_map;
 pub mod locks;
+pub mod overlay;
 pub mod qos;
 pub mod region_tracker;
 mod runs;

@@ -4,9 +4,9 @@ use std::future::Future;
 
 use block::VolumeName;
 use control::{
-    CertificateView, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView,
-    OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, ProblemKind, StatusView,
-    VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
+    CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart,
+    MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, ProblemKind,
+    StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -99,8 +99,20 @@ pub trait Operations: Send + Sync + 'static {
         name: VolumeName,
         start: MirrorStart,
     ) -> impl Future<Output = Outcome<MirrorView>> + Send;
-    /// Makes the secondary primary; the operator has accepted the loss.
-    fn mirror_failover(&self, name: VolumeName) -> impl Future<Output = Outcome<FailoverResult>> + Send;
+    /// Makes the secondary primary, or says what that would lose if the operator has not accepted it.
+    fn mirror_failover(
+        &self,
+        name: VolumeName,
+        failover: FailoverRequest,
+    ) -> impl Future<Output = Outcome<FailoverResult>> + Send;
+    /// Begins a drill at the secondary.
+    fn mirror_drill_start(
+        &self,
+        name: VolumeName,
+        drill: DrillStart,
+    ) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Ends a drill; its copy is discarded.
+    fn mirror_drill_stop(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Gives this side's role to the partner; nothing is lost.
     fn mirror_switch(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Which writes of this old primary the new one never had; exports them if that is asked for.

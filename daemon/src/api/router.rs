@@ -33,6 +33,8 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/mirrors/{name}/switch", post(mirror_switch::<O>))
         .route("/v1/mirrors/{name}/orphans", post(mirror_orphans::<O>))
         .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
+        .route("/v1/mirrors/{name}/drill/start", post(mirror_drill_start::<O>))
+        .route("/v1/mirrors/{name}/drill/stop", post(mirror_drill_stop::<O>))
         .route("/v1/status", get(status::<O>))
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
@@ -78,6 +80,7 @@ macro_rules! handlers {
     (@type Body mirror_set) => { Body<control::MirrorSet> };
     (@type Body mirror_verify) => { Body<control::MirrorVerify> };
     (@type Body mirror_start) => { Body<control::MirrorStart> };
+    (@type Body mirror_drill_start) => { Body<control::DrillStart> };
     (@type Body mirror_orphans) => { Body<control::OrphansRequest> };
 }
 
@@ -100,6 +103,8 @@ handlers! {
     mirror_verify(Name name, Body verify) -> ACCEPTED;
     mirror_stop(Name name) -> OK;
     mirror_start(Name name, Body start) -> OK;
+    mirror_drill_start(Name name, Body drill) -> OK;
+    mirror_drill_stop(Name name) -> OK;
     mirror_switch(Name name) -> OK;
     mirror_orphans(Name name, Body orphans) -> OK;
     mirror_delete(Name name) -> NO_CONTENT;
@@ -132,14 +137,14 @@ async fn mirror_failover<O: Operations>(
     Name(name): Name,
     Body(failover): Body<FailoverRequest>,
 ) -> Result<Response, Refusal> {
-    if !failover.accept_loss {
+    if !failover.accept_loss && failover.at.is_none() {
         let detail = format!(
             "mirror '{name}' was not failed over: writes after its recovery point would be lost; \
              give --accept-loss to accept that"
         );
         return Err(Refusal::new(ProblemKind::Refused, detail));
     }
-    answer(StatusCode::OK, async move { daemon.mirror_failover(name).await }).await
+    answer(StatusCode::OK, async move { daemon.mirror_failover(name, failover).await }).await
 }
 
 async fn no_route(uri: Uri) -> Refusal {

@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex};
 
 use block::{ByteCount, Position, SiteId, VolumeId, VolumeName};
 use control::{
-    Cache, Call, CallError, CertificateView, Counts, FailoverRequest, FailoverResult, MirrorCreate,
-    MirrorMode, MirrorSet, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem, ProblemKind,
-    RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeAccessView,
-    VolumeCreate, VolumeResize, VolumeState, VolumeView,
+    Cache, Call, CallError, CertificateView, Counts, DrillStart, FailoverRequest, FailoverResult,
+    MirrorCreate, MirrorMode, MirrorSet, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem,
+    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange,
+    VolumeAccessView, VolumeCreate, VolumeResize, VolumeState, VolumeView,
 };
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -92,6 +92,8 @@ fn mirror(name: VolumeName) -> MirrorView {
         resync_rate: control::Rate::default(),
         verify: None,
         memory: control::MirrorMemory::default(),
+        window: None,
+        drill: None,
         volumes: vec![],
         partner: "p".parse().unwrap(),
     }
@@ -210,13 +212,37 @@ impl Operations for Fake {
         Ok(mirror(name))
     }
 
-    async fn mirror_failover(&self, name: VolumeName) -> Result<FailoverResult, OperationError> {
-        self.note("mirror failover", Some(&name))?;
+    async fn mirror_failover(
+        &self,
+        name: VolumeName,
+        failover: FailoverRequest,
+    ) -> Result<FailoverResult, OperationError> {
+        self.note(
+            failover.at.map_or("mirror failover".to_owned(), |at| format!("mirror failover at {at}")),
+            Some(&name),
+        )?;
         Ok(FailoverResult {
             recovery_point: RecoveryPoint { position: Position::default(), time: Timestamp::default() },
             seconds_lost: 0.25,
             seconds_lost_bound: true,
         })
+    }
+
+    async fn mirror_drill_start(
+        &self,
+        name: VolumeName,
+        drill: DrillStart,
+    ) -> Result<MirrorView, OperationError> {
+        self.note(
+            drill.at.map_or("drill start".to_owned(), |at| format!("drill start at {at}")),
+            Some(&name),
+        )?;
+        Ok(mirror(name))
+    }
+
+    async fn mirror_drill_stop(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
+        self.note("drill stop", Some(&name))?;
+        Ok(mirror(name))
     }
 
     async fn mirror_switch(&self, name: VolumeName) -> Result<MirrorView, OperationError> {
@@ -378,15 +404,21 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     assert_eq!(api.send(Call::mirror_switch(&name("m"))).await.unwrap(), mirror(name("m")));
     let orphans = control::OrphansRequest { export: Some("/x".to_owned()) };
     assert_eq!(api.send(Call::mirror_orphans(&name("m"), &orphans)).await.unwrap().exported, orphans.export);
-    let failover = FailoverRequest { accept_loss: true };
+    let failover = FailoverRequest { accept_loss: true, at: None };
     assert!(api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap().seconds_lost_bound);
+    let failover = FailoverRequest { accept_loss: false, at: Some("77".parse().unwrap()) };
+    api.send(Call::mirror_failover(&name("m"), failover)).await.unwrap();
+    let drill = DrillStart { at: Some("78".parse().unwrap()) };
+    api.send(Call::mirror_drill_start(&name("m"), drill)).await.unwrap();
+    api.send(Call::mirror_drill_stop(&name("m"))).await.unwrap();
     api.send(Call::mirror_delete(&name("m"))).await.unwrap();
     api.send(Call::status()).await.unwrap();
     let expected = "volume create a, volume list, volume show a, volume resize to 2097152 a, volume access a, \
                     volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
                     mirror set Some(Pace) m, mirror verify Some(Local) m, mirror stop m, mirror start Some(Local) m, \
-                    mirror switch m, mirror orphans Some(\"/x\") m, mirror failover m, mirror delete m, status";
+                    mirror switch m, mirror orphans Some(\"/x\") m, mirror failover m, mirror failover at 77 m, \
+                    drill start at 78 m, drill stop m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);
 }
 

@@ -1,20 +1,23 @@
 //! The applier: committed cuts go home in order, then redo is released.
 //!
 //! Several cuts are merged into one set of disjoint writes, so they run in parallel. `applied` moves when the writes
-//! ended; redo is released only after every home file touched was flushed and a checkpoint is durable. A failed write
+//! ended; redo is released only after every home file touched was flushed and a checkpoint is durable. Nothing is
+//! written home before a durable checkpoint's limit allows it, so `window` can say what home may hold. A failed write
 //! keeps its cuts in redo and is tried again; after a failed flush all that it should have covered is written again.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-use block::{ByteRange, Monotonic, Tip, VolumeIndex};
+use block::{ByteCount, ByteRange, Monotonic, Tip, VolumeIndex};
 use bytes::Bytes;
 use engine::apply::{ApplyStep, Source, plan};
-use journal::{Placement, Record};
+use engine::overlay::CutNumber;
+use journal::{Change, Checkpoint, Cursor, Placement, Record};
 
 use super::MirrorSettings;
 use super::effect::{IoFailure, IoRequest, Loudness, Outbox, Purpose};
 use super::secondary::Secondary;
+use super::window::{Begun, Hold, Point};
 
 /// Bytes of cuts merged into one set of writes.
 const MERGE_BYTES_MAX: u64 = 4 << 20;
@@ -30,18 +33,30 @@ const FAULT_PAUSE: Duration = Duration::from_secs(1);
 /// A durable cut that is not yet applied and flushed.
 #[derive(Clone, Debug)]
 pub(super) struct ApplyItem {
+    /// Its place in the order of cuts.
+    pub(super) number: CutNumber,
     pub(super) placement: Placement,
     pub(super) tip: Tip,
     /// `None` if they must be read back from redo.
     pub(super) records: Option<Vec<Record>>,
     /// Its records are at home already (initial copy).
     pub(super) done: bool,
+    /// What it changes at home.
+    pub(super) changes: Vec<Change>,
+    /// If it commits: a point of the retention window.
+    pub(super) point: Option<Point>,
+    /// When the retention window lets it go home.
+    pub(super) due: Monotonic,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Idle,
+    /// The checkpoint is written for its limit only.
+    Raising,
     Reading,
+    /// A drill keeps what the next writes change.
+    Guarding,
     Writing,
     Flushing,
     Checkpointing,
@@ -51,6 +66,8 @@ enum Stage {
 #[derive(Debug)]
 pub(super) struct Applying {
     stage: Stage,
+    /// When reading or writing the cuts under way began.
+    started: Option<Monotonic>,
     outstanding: usize,
     failed: bool,
     /// The cuts being written.
@@ -75,6 +92,7 @@ impl Applying {
     pub(super) const fn new(applied: Tip) -> Self {
         Self {
             stage: Stage::Idle,
+            started: None,
             outstanding: 0,
             failed: false,
             current: Vec::new(),
@@ -95,11 +113,6 @@ impl Applying {
         self.stage == Stage::Idle
     }
 
-    /// Home does not show a committed state right now.
-    pub(super) fn is_writing(&self) -> bool {
-        matches!(self.stage, Stage::Reading | Stage::Writing) || !self.current.is_empty()
-    }
-
     /// Everything applied is flushed and released.
     pub(super) fn is_clean(&self) -> bool {
         self.is_idle() && self.unflushed.is_empty() && self.current.is_empty()
@@ -110,22 +123,20 @@ impl Applying {
         self.is_idle() && self.current.is_empty() && self.unflushed.iter().all(|item| item.done)
     }
 
-    /// The first of the cuts being written.
-    pub(super) fn next_tip(&self) -> Option<Tip> {
-        self.current.first().map(|item| item.tip)
+    /// The cuts on their way home.
+    pub(super) fn under_way(&self) -> impl Iterator<Item = &ApplyItem> {
+        self.current.iter()
     }
 
-    /// The last of the cuts being written.
-    pub(super) fn last_tip(&self) -> Option<Tip> {
-        self.current.last().map(|item| item.tip)
-    }
-
-    pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
-        if !self.is_idle() {
-            return None;
+    /// Something that a drill waited for has ended: the writes may be tried again.
+    pub(super) fn unguard(&mut self) {
+        if self.stage == Stage::Guarding {
+            self.stage = Stage::Idle;
         }
-        let flush = self.unflushed_since.map(|since| since + FLUSH_INTERVAL);
-        self.paused_until.or(flush)
+    }
+
+    fn flush_at(&self) -> Option<Monotonic> {
+        self.unflushed_since.map(|since| since + FLUSH_INTERVAL)
     }
 }
 
@@ -153,6 +164,15 @@ fn slice(payload: &Bytes, start: usize, range: ByteRange) -> Bytes {
 }
 
 impl Secondary {
+    pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
+        if !self.applying.is_idle() {
+            return None;
+        }
+        self.applying
+            .paused_until
+            .or_else(|| [self.applying.flush_at(), self.poll_window()].into_iter().flatten().min())
+    }
+
     /// Starts whatever the applier can do next.
     pub(super) fn apply_more(&mut self, settings: &MirrorSettings, now: Monotonic, out: &mut Outbox) {
         while self.applying.is_idle() {
@@ -160,10 +180,9 @@ impl Secondary {
                 return;
             }
             self.applying.paused_until = None;
-            let started = self.retry_current(out)
+            let started = self.retry_current(now, out)
                 || self.flush_if_due(now, settings, out)
-                || self.read_back(out)
-                || self.write_next(now, out);
+                || self.apply_ready(settings, now, out);
             if !started {
                 return;
             }
@@ -171,21 +190,21 @@ impl Secondary {
     }
 
     /// Cuts whose writes failed are written again.
-    fn retry_current(&mut self, out: &mut Outbox) -> bool {
+    fn retry_current(&mut self, now: Monotonic, out: &mut Outbox) -> bool {
         if self.applying.current.is_empty() {
             return false;
         }
-        self.write_current(out);
+        self.write_current(now, out);
         true
     }
 
-    fn flush_if_due(&mut self, now: Monotonic, _settings: &MirrorSettings, out: &mut Outbox) -> bool {
-        let applying = &mut self.applying;
-        let Some(since) = applying.unflushed_since else {
+    fn flush_if_due(&mut self, now: Monotonic, settings: &MirrorSettings, out: &mut Outbox) -> bool {
+        let Some(since) = self.applying.unflushed_since else {
             return false;
         };
+        let hurried = self.applying.hurry && self.ready(settings, now, 1) == 0;
+        let applying = &mut self.applying;
         let due = now.since(since) >= FLUSH_INTERVAL || applying.unflushed_bytes >= FLUSH_BYTES;
-        let hurried = applying.hurry && self.queue.is_empty();
         if !due && !hurried {
             return false;
         }
@@ -196,64 +215,108 @@ impl Secondary {
             out.io(Purpose::ApplyFlush, IoRequest::HomeFlush { volume });
         }
         if applying.outstanding == 0 {
-            self.write_checkpoint(out);
+            self.write_checkpoint(settings, now, out);
         }
         true
     }
 
-    fn read_back(&mut self, out: &mut Outbox) -> bool {
-        let Some(next) = self.queue.front().filter(|item| item.records.is_none() && !item.done) else {
+    /// Takes the next cuts that may go home: the limit first, then what is not in memory, then the writes.
+    fn apply_ready(&mut self, settings: &MirrorSettings, now: Monotonic, out: &mut Outbox) -> bool {
+        let ready = self.ready(settings, now, MERGE_BYTES_MAX);
+        if ready == 0 {
             return false;
-        };
-        let placement = &next.placement;
+        }
+        if let Some(limit) = self.wanted_limit(settings, now) {
+            let checkpoint = self.checkpoint.next(self.checkpoint.applied, self.checkpoint.scan_start);
+            self.applying.stage = Stage::Raising;
+            self.store_checkpoint(checkpoint.with_limit(limit), out);
+            return true;
+        }
+        let limit = self.checkpoint.limit;
+        let allowed = self.queue.iter().take(ready).take_while(|item| item.placement.end() <= limit).count();
+        if !self.read_back(allowed, now, out) {
+            self.write_next(allowed, now, out);
+        }
+        true
+    }
+
+    /// Reads cuts that are not in memory, if the first of all is not.
+    fn read_back(&mut self, count: usize, now: Monotonic, out: &mut Outbox) -> bool {
+        let lacks = |item: &&ApplyItem| item.records.is_none() && !item.done;
+        if self.queue.front().as_ref().is_none_or(|front| !lacks(front)) {
+            return false;
+        }
         self.applying.stage = Stage::Reading;
-        out.io(
-            Purpose::ApplyRead,
-            IoRequest::RedoRead {
-                file: placement.file_index,
-                offset: placement.offset,
-                length: placement.length,
-            },
-        );
+        self.applying.failed = false;
+        self.applying.outstanding = 0;
+        self.applying.started = Some(now);
+        for item in self.queue.iter().take(count).filter(lacks) {
+            self.applying.outstanding += 1;
+            let placement = &item.placement;
+            out.io(
+                Purpose::ApplyRead { number: item.number },
+                IoRequest::RedoRead {
+                    file: placement.file_index,
+                    offset: placement.offset,
+                    length: placement.length,
+                },
+            );
+        }
         true
     }
 
     /// A cut was read back from redo.
-    pub(super) fn apply_read(&mut self, data: Result<Bytes, IoFailure>, now: Monotonic, out: &mut Outbox) {
-        self.applying.stage = Stage::Idle;
+    pub(super) fn apply_read(
+        &mut self,
+        number: CutNumber,
+        data: Result<Bytes, IoFailure>,
+        now: Monotonic,
+        out: &mut Outbox,
+    ) {
+        self.applying.outstanding = self.applying.outstanding.saturating_sub(1);
+        if self.applying.outstanding == 0 {
+            self.applying.stage = Stage::Idle;
+        }
         let decoded = data
             .map_err(|failure| failure.to_string())
             .and_then(|bytes| journal::decode(&bytes).map_err(|error| error.to_string()));
-        let Some(front) = self.queue.front_mut() else {
+        let Some(item) = self.queue.iter_mut().find(|item| item.number == number) else {
             return;
         };
         match decoded {
-            Ok(cut) if cut.tip == front.tip => front.records = Some(cut.records),
+            Ok(cut) if cut.tip == item.tip => item.records = Some(cut.records),
             Ok(_) => self.fault("redo holds another cut than the one that was written", now, out),
             Err(error) => self.fault(&format!("a cut cannot be read back from redo: {error}"), now, out),
         }
     }
 
-    fn write_next(&mut self, now: Monotonic, out: &mut Outbox) -> bool {
-        let mut bytes = 0;
-        while let Some(item) = self.queue.front() {
-            if (item.records.is_none() && !item.done)
-                || (bytes > 0 && bytes + item.placement.length > MERGE_BYTES_MAX)
-            {
+    fn write_next(&mut self, count: usize, now: Monotonic, out: &mut Outbox) {
+        for _ in 0..count {
+            if self.queue.front().is_none_or(|item| item.records.is_none() && !item.done) {
                 break;
             }
-            bytes += item.placement.length;
-            self.applying.current.extend(self.queue.pop_front());
-        }
-        if self.applying.current.is_empty() {
-            return false;
+            if let Some(item) = self.queue.pop_front() {
+                self.waiting.subtract(&item);
+                self.applying.current.push(item);
+            }
         }
         self.applying.unflushed_since.get_or_insert(now);
-        self.write_current(out);
-        true
+        self.applying.started.get_or_insert(now);
+        self.write_current(now, out);
     }
 
-    fn write_current(&mut self, out: &mut Outbox) {
+    fn write_current(&mut self, now: Monotonic, out: &mut Outbox) {
+        self.applying.stage = Stage::Guarding;
+        if !self.guard_home(out) {
+            return;
+        }
+        if let Some(last) = self.applying.current.last() {
+            let begun = Begun { number: last.number, end: last.placement.end(), point: last.point };
+            // What is written again after a failed flush was begun before, and perhaps more.
+            if begun.number >= self.begun.number {
+                self.begun = begun;
+            }
+        }
         let records: Vec<Record> = self
             .applying
             .current
@@ -267,7 +330,7 @@ impl Secondary {
         self.applying.failed = false;
         self.applying.outstanding = issue(&steps, &records, Purpose::Apply, out);
         if self.applying.outstanding == 0 {
-            self.writes_ended();
+            self.writes_ended(now);
         }
     }
 
@@ -282,14 +345,22 @@ impl Secondary {
             self.applying.stage = Stage::Idle;
             return self.fault("a cut could not be applied: it stays in redo and is tried again", now, out);
         }
-        self.writes_ended();
+        self.writes_ended(now);
     }
 
-    fn writes_ended(&mut self) {
+    fn writes_ended(&mut self, now: Monotonic) {
         let applying = &mut self.applying;
         applying.stage = Stage::Idle;
         applying.degraded = false;
+        let bytes = applying.current.iter().map(|item| item.placement.length).sum();
+        if let Some(started) = applying.started.take() {
+            self.rate.measured(bytes, now.since(started));
+        }
         for item in applying.current.drain(..) {
+            self.overlay.remove(item.number, &item.changes);
+            if let Some(drill) = &mut self.drill {
+                drill.base.remove(item.number, &item.changes);
+            }
             applying.applied = item.tip;
             applying.unflushed_bytes += item.placement.length;
             applying.unflushed.push_back(ApplyItem { records: None, ..item });
@@ -297,7 +368,13 @@ impl Secondary {
     }
 
     /// A flush of the applier was answered.
-    pub(super) fn apply_flushed(&mut self, ok: bool, now: Monotonic, out: &mut Outbox) {
+    pub(super) fn apply_flushed(
+        &mut self,
+        ok: bool,
+        settings: &MirrorSettings,
+        now: Monotonic,
+        out: &mut Outbox,
+    ) {
         self.applying.outstanding = self.applying.outstanding.saturating_sub(1);
         self.applying.failed |= !ok;
         if self.applying.outstanding > 0 {
@@ -308,14 +385,24 @@ impl Secondary {
             self.replay();
             return self.fault("flushing the target's volumes failed: redo is applied again", now, out);
         }
-        self.write_checkpoint(out);
+        self.write_checkpoint(settings, now, out);
     }
 
-    fn write_checkpoint(&mut self, out: &mut Outbox) {
+    fn write_checkpoint(&mut self, settings: &MirrorSettings, now: Monotonic, out: &mut Outbox) {
         let end = self.applying.unflushed.back().map(|item| item.placement.end());
         let scan_start = end.unwrap_or(self.checkpoint.scan_start);
-        let checkpoint = self.checkpoint.next(self.applying.applied, scan_start);
+        let mut checkpoint = self.checkpoint.next(self.applying.applied, scan_start);
+        if self.hold == Hold::Window {
+            // It is written anyway: so it says how far the next second goes.
+            let known = self.checkpoint.limit != Cursor::END;
+            let ahead = self.limit_ahead(settings, now);
+            checkpoint = checkpoint.with_limit(if known { ahead.max(checkpoint.limit) } else { ahead });
+        }
         self.applying.stage = Stage::Checkpointing;
+        self.store_checkpoint(checkpoint, out);
+    }
+
+    fn store_checkpoint(&mut self, checkpoint: Checkpoint, out: &mut Outbox) {
         out.io(
             Purpose::Checkpoint,
             IoRequest::CheckpointWrite { slot: checkpoint.slot(), page: checkpoint.encode() },
@@ -325,6 +412,7 @@ impl Secondary {
 
     /// The checkpoint is durable: redo up to it is released.
     pub(super) fn checkpointed(&mut self, ok: bool, now: Monotonic, out: &mut Outbox) {
+        let raising = self.applying.stage == Stage::Raising;
         self.applying.stage = Stage::Idle;
         // A failed write may have torn its slot: the next attempt takes the same one, and the other stays good.
         let Some(next) = self.next_checkpoint.take() else {
@@ -334,8 +422,11 @@ impl Secondary {
             return self.fault("the redo checkpoint could not be written: redo is kept", now, out);
         }
         self.checkpoint = next;
+        if raising {
+            return;
+        }
         if let Some(last) = self.applying.unflushed.back() {
-            self.log.release(&last.placement);
+            self.release(last.placement.clone());
         }
         self.applying.unflushed.clear();
         self.applying.unflushed_bytes = 0;
@@ -347,6 +438,12 @@ impl Secondary {
     pub(super) fn replay(&mut self) {
         self.applying.replays += 1;
         for item in std::mem::take(&mut self.applying.unflushed).into_iter().rev() {
+            // Home may have lost it, so reads take it from redo again; what is newer there stays.
+            self.overlay.insert(item.number, &item.placement, &item.changes);
+            if let Some(drill) = self.drill.as_mut().filter(|drill| item.number <= drill.through) {
+                drill.base.insert(item.number, &item.placement, &item.changes);
+            }
+            self.waiting.add(&item);
             self.queue.push_front(item);
         }
         self.applying.unflushed_bytes = 0;
@@ -362,8 +459,18 @@ impl Secondary {
         self.trouble = Some(text.to_owned());
     }
 
+    /// Payload that waits in memory.
+    pub(super) fn memory(&self) -> ByteCount {
+        let held = self.queue.iter().filter(|item| item.records.is_some());
+        ByteCount(held.map(|item| item.placement.length).sum())
+    }
+
     /// Drops payloads that wait too long in memory; they are read back from redo.
     pub(super) fn limit_memory(&mut self) {
+        if self.hold == Hold::Window {
+            // They wait long; all of them are read back when their time comes.
+            return;
+        }
         let mut bytes = 0;
         for item in &mut self.queue {
             bytes += item.placement.length;

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use block::{ByteRange, HostResult, Monotonic, VolumeIndex};
+use block::{ByteRange, HostError, HostResult, Monotonic, VolumeIndex};
 use bytes::Bytes;
 use engine::{CommandId, StepId};
 use protocol::GroupState;
+
+use super::drill::DrillIo;
 
 /// Names one request of a group; its answer carries it back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +88,22 @@ pub enum IoRequest {
         slot: u64,
         /// One page.
         page: Bytes,
+    },
+    /// Read from a drill's scratch space for a volume; answered with the bytes.
+    ScratchRead {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Unit-aligned.
+        range: ByteRange,
+    },
+    /// Write to a drill's scratch space for a volume.
+    ScratchWrite {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Unit-aligned byte offset.
+        offset: u64,
+        /// Whole data units.
+        data: Bytes,
     },
     /// Write a segment to the spill file.
     SpillWrite {
@@ -250,6 +268,18 @@ pub enum Effect {
         /// Why.
         reason: String,
     },
+    /// A request to a drill's copy was done.
+    DrillDone {
+        /// Which.
+        request: DrillIo,
+        /// A read's bytes, or why it failed.
+        result: Result<Bytes, HostError>,
+    },
+    /// The drill is over: its hosts must leave, its scratch space can go.
+    DrillEnded {
+        /// Why.
+        reason: String,
+    },
     /// A line for the log.
     Log {
         /// How loud.
@@ -272,10 +302,8 @@ pub(super) enum Purpose {
     VerifyRead { request: u64 },
     /// A flush that lets intent bits clear.
     ClearFlush { volume: VolumeIndex, submitted_at: Monotonic },
-    /// A region read at the target to hash it.
-    HashRead { session: SessionId, request: u64 },
-    /// A range read at the target for a verify.
-    VerifyHash { session: SessionId, request: u64 },
+    /// A part of a read of the target's image.
+    ImageRead { read: u64, part: u32 },
     /// A write of a cut of the initial copy to home.
     InitialApply,
     /// A flush of home during the initial copy.
@@ -285,7 +313,9 @@ pub(super) enum Purpose {
     /// A flush of home after applying.
     ApplyFlush,
     /// A cut's bytes read back from redo.
-    ApplyRead,
+    ApplyRead { number: engine::overlay::CutNumber },
+    /// A write to a drill's scratch space.
+    DrillWrite { write: u64 },
     /// Cuts written to redo.
     RedoWrite,
     /// Redo made durable.

@@ -78,11 +78,16 @@ impl Primary {
         out: &mut Outbox,
     ) {
         match self.spill.keeping {
-            Keeping::Asked if drained && !self.is_worth_keeping() => self.spill.keeping = Keeping::GaveUp,
-            Keeping::Asked if drained => {
-                self.spill_all(settings, wall, out);
-                self.spill.keeping = Keeping::Writing;
+            Keeping::Asked if drained && self.ring.is_empty() && !self.spill.is_pending() => {
+                self.spill.keeping = Keeping::GaveUp;
             }
+            Keeping::Asked if drained => match self.cannot_keep() {
+                Some(reason) => self.give_up_journal(reason, out),
+                None => {
+                    self.spill_all(settings, wall, out);
+                    self.spill.keeping = Keeping::Writing;
+                }
+            },
             Keeping::Asked
             | Keeping::Writing
             | Keeping::No
@@ -96,29 +101,35 @@ impl Primary {
                 self.spill.keeping = Keeping::Syncing;
                 out.io(Purpose::SpillSync, IoRequest::SpillSync);
             } else {
-                self.spill.keeping = Keeping::GaveUp;
+                self.give_up_journal("the spill file is full or cannot be written", out);
             }
         }
     }
 
-    /// True if something in order waits for the target, and a start can go on with it.
-    fn is_worth_keeping(&self) -> bool {
+    /// Why no start could go on with the journal, if none could.
+    fn cannot_keep(&self) -> Option<&'static str> {
         let continues = self.chain.as_ref().is_some_and(|chain| {
             chain.committed().position.same_lineage(&self.start) && chain.sent_commits().is_some()
         });
         let half = self.ring.budget().bytes_max / 2;
-        let readable =
-            self.ring.records(Sequence(0), Sequence(u64::MAX)).all(|record| record.payload_bytes() <= half);
-        continues
-            && readable
-            && self.spill.space.capacity() > 0
-            && self.admission_open
-            && self.pass.is_none()
-            && self.gate == Gate::Open
-            && self.compare.is_done()
-            && self.ended_through() == self.last
-            && !self.volumes.iter().any(|volume| volume.poisoned)
-            && (!self.ring.is_empty() || self.spill.is_pending())
+        let mut records = self.ring.records(Sequence(0), Sequence(u64::MAX));
+        let reasons = [
+            (self.spill.space.capacity() == 0, "there is no spill file"),
+            (!continues, "the target has not committed anything of this incarnation"),
+            (self.pass.is_some() || self.gate != Gate::Open, "a resync is under way"),
+            (!self.compare.is_done(), "regions must be compared"),
+            (!self.admission_open || self.ended_through() != self.last, "writes have not ended"),
+            (self.volumes.iter().any(|volume| volume.poisoned), "a flush failed"),
+            (records.any(|record| record.payload_bytes() > half), "a record is larger than half the ring"),
+        ];
+        reasons.into_iter().find(|(applies, _)| *applies).map(|(_, reason)| reason)
+    }
+
+    /// The journal folds.
+    fn give_up_journal(&mut self, reason: &str, out: &mut Outbox) {
+        self.spill.keeping = Keeping::GaveUp;
+        let text = format!("the journal is not kept, a resync follows the next start: {reason}");
+        out.log(Loudness::Info, text);
     }
 
     /// The end of what the journal covers.

@@ -12,6 +12,7 @@ use protocol::{
 use super::MirrorSettings;
 use super::effect::{Effect, Loudness, Outbox, SessionId};
 use super::primary::{Gate, HaltedStart, Link, Primary};
+use super::rewind::united;
 
 /// The first wait before another attempt; doubles up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -328,7 +329,9 @@ impl Primary {
     fn resume_diverged(&mut self, welcome: &Welcome, state: &GroupState, out: &mut Outbox) {
         self.inherit_age(welcome.age_bound_ms);
         self.orphaned = ByteCount(0);
-        self.compare.add_partner_ranges(&welcome.compare);
+        // The partner does not list what it had acknowledged here before a rewind discarded it.
+        let ranges = [&welcome.compare[..], &self.rewound].concat();
+        self.compare.add_partner_ranges(&united(ranges));
         if state.overwrite_approved {
             self.begin_anew(welcome, out);
             return;

@@ -7,7 +7,9 @@
 //! Roles and their rules: docs/protocols/replication.md.
 
 mod apply;
+mod drill;
 mod effect;
+mod image;
 mod kept;
 mod link;
 mod orphans;
@@ -15,12 +17,14 @@ mod overload;
 mod primary;
 mod rate;
 mod resync;
+mod rewind;
 mod roles;
 mod secondary;
 mod spill;
 mod switch;
 mod verify;
 mod view;
+mod window;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -32,12 +36,14 @@ use block::{
 use bytes::Bytes;
 use engine::dirty_map::DirtyMap;
 use engine::intent_map::IntentMap;
+use engine::overlay::CutNumber;
 use engine::volume::{Content, Volume, VolumeConfig};
 use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
 pub use control::{Overload, Side};
+pub use drill::{DrillIo, DrillSnapshot};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use kept::KeptJournal;
 pub use orphans::{OrphanExtent, OrphanProgress};
@@ -45,6 +51,7 @@ pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
 pub use switch::SwitchProgress;
 pub use verify::{VerifyProgress, VerifyReport};
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
+pub use window::{Point, Retention, RewindTo, WindowSnapshot};
 
 use apply::ApplyItem;
 use effect::{Outbox, Purpose};
@@ -90,6 +97,8 @@ pub struct MirrorSettings {
     pub intent_budget_regions: u64,
     /// A restarted primary opens its exports without having heard its partner after so long.
     pub start_grace: Duration,
+    /// How long a target keeps committed cuts out of its volumes.
+    pub retention: Retention,
     /// What an operator may change.
     pub policy: MirrorPolicy,
 }
@@ -112,31 +121,41 @@ struct RecoveredCuts {
     staged: Option<(u64, Tip)>,
     staged_cuts: Vec<ApplyItem>,
     committed_cuts: Vec<ApplyItem>,
-    stamps: Option<(WallTime, WallTime)>,
+    committed_cuts_newest: Option<Point>,
     /// The last one is a commit that no initial copy makes: the image is whole.
     completes: bool,
 }
 
 impl RecoveredCuts {
     fn new(recovered: &Recovered) -> Self {
-        let item = |cut: &journal::RecoveredCut| ApplyItem {
-            placement: cut.placement.clone(),
-            tip: cut.tip,
-            records: None,
-            done: cut.header_only,
-        };
+        let points = window::recovered_points(&recovered.cuts);
+        let items =
+            (1_u64..).zip(recovered.cuts.iter().zip(&points)).map(|(number, (cut, point))| ApplyItem {
+                number: CutNumber(number),
+                placement: cut.placement.clone(),
+                tip: cut.tip,
+                records: None,
+                done: cut.header_only,
+                changes: cut.changes.clone(),
+                point: *point,
+                due: Monotonic(0),
+            });
+        let mut items: Vec<ApplyItem> = items.collect();
         let committed = recovered.cuts.iter().rposition(|cut| cut.meta.commit).map_or(0, |index| index + 1);
-        let (committed, staged) = recovered.cuts.split_at_checked(committed).unwrap_or((&[], &[]));
+        let staged_cuts = items.split_off(committed);
+        let committed = recovered.cuts.get(..committed).unwrap_or_default();
+        let echo = committed.iter().map(|cut| cut.meta.echo).max().unwrap_or_default();
+        let last = committed.last().map(|last| last.tip);
         Self {
             durable: recovered.durable_tip,
             staged: recovered.staged_tip,
-            staged_cuts: staged.iter().map(item).collect(),
-            committed_cuts: committed.iter().map(item).collect(),
+            staged_cuts,
             completes: committed.last().is_some_and(|cut| !cut.meta.initial),
-            stamps: committed.last().map(|last| {
-                let echo = committed.iter().map(|cut| cut.meta.echo).max();
-                (last.meta.time, echo.unwrap_or_default())
+            committed_cuts_newest: last.map(|tip| {
+                let seen = points.iter().flatten().find(|point| point.tip == tip).map(|point| point.seen);
+                Point { tip, echo, seen: seen.unwrap_or_default() }
             }),
+            committed_cuts: items,
         }
     }
 }
@@ -147,7 +166,8 @@ pub struct OpenedMirror {
     pub intents: Vec<IntentMap>,
     /// Present after a clean stop of a primary; its file must be gone, durably, before the first host write.
     pub clean: Option<CleanState>,
-    /// The redo log; every segment file was synced before it was scanned.
+    /// The redo log; every segment file was synced before it was scanned. A primary's holds no cut: what
+    /// [`Recovered::void`] gives was written durably.
     pub redo: Recovered,
     /// The checkpoint that the scan began from.
     pub checkpoint: Checkpoint,
@@ -265,6 +285,8 @@ impl Group {
         grace_until: Option<Monotonic>,
         now: Monotonic,
     ) {
+        rewind::check_empty(&state, &opened);
+        let rewound = rewind::rewound_ranges(&opened, &settings);
         let OpenedMirror { intents, clean, redo, checkpoint } = opened;
         let restarted = grace_until.is_some();
         for slot in &mut self.volumes {
@@ -293,6 +315,7 @@ impl Group {
             let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, clean, now);
             if restarted {
                 primary.rpo.lose_through(primary.last);
+                primary.rewound = rewound;
             }
             // One that continues a clean stop's journal is in the same incarnation still.
             if !primary.admission_open {
@@ -662,14 +685,14 @@ impl Group {
     }
 
     fn finish_batch(&mut self) {
-        let stamp = self.stamp;
+        let (now, stamp) = (self.now, self.stamp);
         let Some(mirror) = &mut self.mirror else { return };
         let Machine::Secondary(secondary) = &mut mirror.machine else {
             return;
         };
         match secondary.batch_completes(&mirror.state) {
             Some(TargetNews::Complete) => mirror.note_complete(),
-            Some(TargetNews::Nothing) => secondary.batch_counts(stamp, &mut self.out),
+            Some(TargetNews::Nothing) => secondary.batch_counts(&mirror.settings, now, stamp, &mut self.out),
             None => {}
         }
     }
@@ -681,7 +704,7 @@ impl Group {
             let machine = match &mirror.machine {
                 Machine::Primary(_) if mirror.planned.has_tip() => None,
                 Machine::Primary(primary) => primary.poll_timeout(),
-                Machine::Secondary(secondary) => secondary.applying.poll_timeout(),
+                Machine::Secondary(secondary) => secondary.poll_timeout(),
                 Machine::Changing(change) => change.poll_timeout(),
             };
             let planned = mirror.planned.poll_timeout(mirror.is_changing());
@@ -854,13 +877,13 @@ impl Group {
             Purpose::OrphanRead { session, id, volume, range } => {
                 self.orphan_read(session, id, volume, range, &result);
             }
-            Purpose::HashRead { .. }
-            | Purpose::VerifyHash { .. }
+            Purpose::ImageRead { .. }
+            | Purpose::DrillWrite { .. }
             | Purpose::InitialApply
             | Purpose::InitialFlush
             | Purpose::Apply
             | Purpose::ApplyFlush
-            | Purpose::ApplyRead
+            | Purpose::ApplyRead { .. }
             | Purpose::RedoWrite
             | Purpose::RedoSync
             | Purpose::Checkpoint => self.secondary_io(purpose, result),
@@ -907,13 +930,11 @@ impl Group {
         };
         let ok = result.is_ok();
         match purpose {
-            Purpose::HashRead { request, .. } => secondary.hash_read(request, result, &mut self.out),
-            Purpose::VerifyHash { session, request } => {
-                secondary.verify_hashed(session, request, result, &mut self.out);
-            }
+            Purpose::ImageRead { read, part } => secondary.image_part(read, part, result, &mut self.out),
+            Purpose::DrillWrite { write } => secondary.drill_written(write, result, &mut self.out),
             Purpose::Apply => secondary.apply_written(ok, now, &mut self.out),
-            Purpose::ApplyFlush => secondary.apply_flushed(ok, now, &mut self.out),
-            Purpose::ApplyRead => secondary.apply_read(result, now, &mut self.out),
+            Purpose::ApplyFlush => secondary.apply_flushed(ok, &mirror.settings, now, &mut self.out),
+            Purpose::ApplyRead { number } => secondary.apply_read(number, result, now, &mut self.out),
             Purpose::Checkpoint => secondary.checkpointed(ok, now, &mut self.out),
             Purpose::InitialApply
             | Purpose::InitialFlush
@@ -957,6 +978,9 @@ impl Group {
                 if let Some(intent) = mirror.intents.get_mut(usize::from(volume.0)) {
                     let result = if ok { Ok(()) } else { Err(HostError::Io) };
                     intent.written(page, generation, result);
+                }
+                if !ok {
+                    mirror.retry_marking_later(now, &mut self.out);
                 }
             }
         }

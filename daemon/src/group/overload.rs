@@ -253,7 +253,7 @@ impl Primary {
 
 impl Secondary {
     fn sight(&self, consistent: bool, stamp: WallTime) -> Sight {
-        let echo = self.stamps.map(|(_, echo)| echo).filter(|echo| echo.0 > 0 && consistent);
+        let echo = self.newest.map(|point| point.echo).filter(|echo| echo.0 > 0 && consistent);
         let rpo = echo.map(|echo| Duration::from_nanos(stamp.0.saturating_sub(echo.0)));
         Sight { rpo, rpo_at_least: Duration::ZERO, fill: 0, applies: false }
     }

@@ -17,7 +17,7 @@ use engine::intent_map::{IntentMap, PageWritten};
 use engine::region_tracker::RegionTracker;
 use engine::volume::Content;
 use journal::{CutMeta, EncodedCut, Record, RecordKind, Ring};
-use protocol::{GroupState, RpoTracker, SenderChain};
+use protocol::{CompareRange, GroupState, RpoTracker, SenderChain};
 
 use super::effect::{Effect, IoRequest, Loudness, Outbox, Purpose, SessionId};
 use super::rate::ByteLimit;
@@ -179,6 +179,8 @@ pub(super) struct Primary {
     pub(super) recovery_point: Option<(Position, WallTime)>,
     cut_times: VecDeque<(Sequence, WallTime)>,
     pub(super) orphaned: ByteCount,
+    /// Where a diverged partner holds writes that this epoch's rewind discarded.
+    pub(super) rewound: Vec<CompareRange>,
     pub(super) trouble: Option<String>,
     /// What a clean stop knew the target to hold: a tip below it means that the target lost data.
     pub(super) known_tip: Option<Position>,
@@ -248,6 +250,7 @@ impl Primary {
             recovery_point: None,
             cut_times: VecDeque::new(),
             orphaned: ByteCount(0),
+            rewound: Vec::new(),
             trouble: None,
             known_tip: clean.and_then(|clean| clean.committed),
             last_clear: now,

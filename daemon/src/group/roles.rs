@@ -13,15 +13,17 @@ use protocol::{CompareRange, GroupState, Hello, Refuse, Role};
 
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose};
 use super::primary::{Gate, HaltedStart, Link, Primary};
+use super::rewind::Target;
 use super::secondary::Secondary;
 use super::switch::whole_volumes;
 use super::view::LossReport;
+use super::window::RewindTo;
 use super::{CleanState, Group, Machine, Mirror, MirrorSettings, RecoveredCuts, VerbRefused};
 
 /// After a failed attempt to make the state durable the next one waits so long.
 const PERSIST_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 /// Ranges that a diverged side lists; beyond it neighbours are merged into a superset.
-const COMPARE_RANGES_MAX: usize = 4096;
+pub(super) const COMPARE_RANGES_MAX: usize = 4096;
 
 /// A change of the durable state; applied to whatever is durable when its turn comes.
 #[derive(Clone, Debug)]
@@ -74,7 +76,7 @@ pub(super) enum Transition {
     /// An old primary becomes a secondary.
     Fencing { stage: FenceStage },
     /// A secondary becomes the primary.
-    Promoting { secondary: Box<Secondary>, stage: PromoteStage },
+    Promoting { secondary: Box<Secondary>, stage: PromoteStage, target: Target },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,12 +90,14 @@ pub(super) enum FenceStage {
 pub(super) enum PromoteStage {
     /// What was on its way to the redo log ends.
     Quieting,
-    /// What is committed goes home.
+    /// What is committed goes home, as far as the new epoch takes it over.
     Applying,
-    /// The redo log is emptied, so that it can never be replayed over the hosts' writes.
-    Resetting,
-    /// The epoch is being raised.
+    /// The blocks of discarded cuts are entered in the intent maps.
+    Marking,
+    /// The epoch is being raised: from then on the cuts behind the fork are void.
     Persisting,
+    /// The redo log is emptied, so that it can never be replayed over the hosts' writes.
+    Emptying { asked: bool },
 }
 
 impl Transition {
@@ -106,7 +110,7 @@ impl Transition {
 
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
         match self {
-            Self::Promoting { secondary, stage: PromoteStage::Applying } => secondary.applying.poll_timeout(),
+            Self::Promoting { secondary, stage: PromoteStage::Applying, .. } => secondary.poll_timeout(),
             Self::Promoting { .. } => None,
             Self::Opening | Self::Fencing { .. } => None,
         }
@@ -296,6 +300,8 @@ impl Group {
         let now = self.now;
         if let Some(mirror) = &mut self.mirror {
             mirror.grace_until = None;
+            // The RPO of a restarted primary is known from now on.
+            mirror.watch.look_again();
         }
         self.present(now);
     }
@@ -392,6 +398,8 @@ impl Group {
     fn changed(&mut self, change: StateChange) {
         let (now, stamp) = (self.now, self.stamp);
         let Some(mirror) = &mut self.mirror else { return };
+        // Whether there is an RPO, and what it is, may be another now.
+        mirror.watch.look_again();
         match (change, &mut mirror.machine) {
             (StateChange::Incarnation, Machine::Primary(primary)) => {
                 primary.incarnated(&mirror.state);
@@ -405,7 +413,7 @@ impl Group {
             (StateChange::Complete, Machine::Secondary(secondary)) => {
                 secondary.compare.clear();
                 secondary.orphaned = None;
-                secondary.batch_counts(stamp, &mut self.out);
+                secondary.batch_counts(&mirror.settings, now, stamp, &mut self.out);
                 mirror.intents.iter_mut().for_each(clear_all);
                 self.withdrawn_because = secondary_reason(&mirror.state);
             }
@@ -421,8 +429,12 @@ impl Group {
                 }
                 self.withdrawn_because = secondary_reason(&mirror.state);
             }
-            (StateChange::Promote(_), Machine::Changing(_)) => self.promoted(),
             (StateChange::Relinquish(_), Machine::Primary(_)) => self.relinquished(),
+            (StateChange::Promote(_), Machine::Changing(change)) => {
+                if let Transition::Promoting { stage, .. } = &mut **change {
+                    *stage = PromoteStage::Emptying { asked: false };
+                }
+            }
             (StateChange::Stopped(true), Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "an operator stopped the mirror", &mut self.out);
                 let locks = primary.verify.abandon("an operator stopped the mirror", stamp);
@@ -461,7 +473,6 @@ impl Group {
     /// Takes a role change as far as it can go.
     pub(super) fn transition_turn(&mut self) {
         let drained = self.volumes.iter().all(|slot| slot.volume.in_flight() == 0);
-        let (now, stamp) = (self.now, self.stamp);
         let volumes = self.volumes.len();
         let Some(mirror) = &mut self.mirror else { return };
         let Machine::Changing(change) = &mut mirror.machine else {
@@ -477,32 +488,50 @@ impl Group {
                     self.out.io(Purpose::Transition, IoRequest::HomeFlush { volume });
                 }
             }
-            Transition::Promoting { secondary, stage } => match stage {
-                PromoteStage::Quieting => {
-                    if secondary.batch_completes(&mirror.state).is_some() {
-                        secondary.batch_counts(stamp, &mut self.out);
-                    }
-                    if secondary.is_quiet() {
-                        secondary.void_staged();
-                        *stage = PromoteStage::Applying;
-                    }
-                }
-                PromoteStage::Applying => {
-                    secondary.applying.hurry = true;
-                    secondary.apply_more(&mirror.settings, now, &mut self.out);
-                    if secondary.queue.is_empty() && secondary.applying.is_clean() {
-                        *stage = PromoteStage::Resetting;
-                        let cursor = secondary.log.reset();
-                        let page = secondary.checkpoint.next(secondary.tip(), cursor);
-                        let request = IoRequest::CheckpointWrite { slot: page.slot(), page: page.encode() };
-                        secondary.next_checkpoint = Some(page);
-                        self.out.io(Purpose::Transition, request);
-                    }
-                }
-                PromoteStage::Resetting | PromoteStage::Persisting => {}
-            },
+            Transition::Promoting { .. } => self.promotion_turn(),
             Transition::Fencing { .. } | Transition::Opening => {}
         }
+    }
+
+    /// Takes a promotion as far as it can go.
+    fn promotion_turn(&mut self) {
+        let (now, stamp) = (self.now, self.stamp);
+        let Some(mirror) = &mut self.mirror else { return };
+        let paused = mirror.retry_change_at.is_some_and(|at| now < at);
+        let opening = Machine::Changing(Box::new(Transition::Opening));
+        let mut machine = std::mem::replace(&mut mirror.machine, opening);
+        if let Machine::Changing(change) = &mut machine
+            && let Transition::Promoting { secondary, stage, target } = &mut **change
+        {
+            if *stage == PromoteStage::Quieting {
+                if secondary.batch_completes(&mirror.state).is_some() {
+                    secondary.batch_counts(&mirror.settings, now, stamp, &mut self.out);
+                }
+                if secondary.is_quiet() {
+                    secondary.void_staged();
+                    *stage = PromoteStage::Applying;
+                }
+            }
+            if *stage == PromoteStage::Applying
+                && target.is_reached(secondary, &mirror.settings, now, &mut self.out)
+            {
+                *stage = PromoteStage::Marking;
+            }
+            if *stage == PromoteStage::Marking && !paused && mirror.mark_discarded(target) {
+                *stage = PromoteStage::Persisting;
+                mirror.changes.push_back(StateChange::Promote(target.fork(secondary).position));
+            }
+            if *stage == (PromoteStage::Emptying { asked: false }) && !paused {
+                *stage = PromoteStage::Emptying { asked: true };
+                let page = secondary.checkpoint.next(target.fork(secondary), secondary.log.reset());
+                let page = if target.discards(secondary) { page.discarding() } else { page };
+                let request = IoRequest::CheckpointWrite { slot: page.slot(), page: page.encode() };
+                secondary.next_checkpoint = Some(page);
+                self.out.io(Purpose::Transition, request);
+            }
+        }
+        mirror.machine = machine;
+        self.write_stored_intents();
     }
 
     /// A request of a role change was answered.
@@ -522,16 +551,20 @@ impl Group {
                     mirror.become_secondary(&mut self.out);
                 }
             }
-            Transition::Promoting { secondary, stage } if *stage == PromoteStage::Resetting => {
+            Transition::Promoting {
+                secondary,
+                stage: stage @ PromoteStage::Emptying { asked: true },
+                ..
+            } => {
                 let next = secondary.next_checkpoint.take();
                 if let (None, Some(next)) = (&failure, next) {
                     secondary.checkpoint = next;
-                    *stage = PromoteStage::Persisting;
-                    mirror.changes.push_back(StateChange::Promote(secondary.tip().position));
+                    self.promoted();
                 } else {
                     self.out
                         .log(Loudness::Error, "the redo log could not be emptied; trying again".to_owned());
-                    *stage = PromoteStage::Applying;
+                    *stage = PromoteStage::Emptying { asked: false };
+                    mirror.retry_change_at = Some(self.now + PERSIST_PAUSE);
                 }
             }
             Transition::Fencing { .. } | Transition::Promoting { .. } | Transition::Opening => {}
@@ -545,13 +578,14 @@ impl Group {
         let Machine::Changing(change) = std::mem::replace(&mut mirror.machine, opening) else {
             return;
         };
-        let Transition::Promoting { secondary, .. } = *change else {
+        let Transition::Promoting { secondary, target, .. } = *change else {
             return;
         };
         let intents = std::mem::take(&mut mirror.intents);
-        self.out.forget(|purpose| matches!(purpose, Purpose::HashRead { .. } | Purpose::VerifyHash { .. }));
-        let clean = CleanState::default();
+        self.out.forget(|purpose| matches!(purpose, Purpose::ImageRead { .. } | Purpose::DrillWrite { .. }));
+        let (clean, rewound) = target.into_discarded();
         let mut primary = Primary::new(&mirror.settings, &mirror.state, intents, Some(clean), now);
+        primary.rewound = rewound;
         primary.admission_open = true;
         primary.volumes.iter_mut().for_each(|volume| volume.own = Some(DirtyMap::default()));
         let Secondary { log, checkpoint, .. } = *secondary;
@@ -669,11 +703,15 @@ impl Group {
         }
     }
 
-    /// What a forced failover would lose, as this side knows it.
+    /// What a forced failover would lose, as this side knows it; with `at`, one to that point of the retention window.
     ///
     /// # Errors
-    /// If this side is no secondary with a consistent image.
-    pub fn loss(&self) -> Result<LossReport, VerbRefused> {
+    /// If this side is no secondary with a consistent image, or the point lies outside the window.
+    pub fn loss(&self, at: Option<RewindTo>) -> Result<LossReport, VerbRefused> {
+        self.promotion_target(at).map(|(_, report)| report)
+    }
+
+    fn promotion_target(&self, at: Option<RewindTo>) -> Result<(Target, LossReport), VerbRefused> {
         let Some(mirror) = &self.mirror else {
             return Err(VerbRefused("the volume has no mirror".to_owned()));
         };
@@ -697,15 +735,15 @@ impl Group {
                 mirror.state.epoch.0
             )));
         }
-        Ok(LossReport::new(secondary.tip().position, secondary.stamps, self.stamp))
+        Target::choose(secondary, at, self.stamp)
     }
 
-    /// `mirror failover`: this side becomes the primary of a new epoch.
+    /// `mirror failover`: this side becomes the primary of a new epoch; with `at`, from that point on.
     ///
     /// # Errors
     /// As [`Group::loss`].
-    pub fn failover(&mut self) -> Result<LossReport, VerbRefused> {
-        let report = self.loss()?;
+    pub fn failover(&mut self, at: Option<RewindTo>) -> Result<LossReport, VerbRefused> {
+        let (target, report) = self.promotion_target(at)?;
         let Some(mirror) = &mut self.mirror else {
             return Ok(report);
         };
@@ -715,19 +753,21 @@ impl Group {
         if let Some(reason) = mirror.cannot_take_back() {
             return Err(VerbRefused(reason));
         }
-        self.begin_promotion("this side is being promoted");
+        self.begin_promotion(target, "this side is being promoted");
         Ok(report)
     }
 
-    /// A secondary begins to become the primary at its durable tip.
-    pub(super) fn begin_promotion(&mut self, reason: &str) {
+    /// A secondary begins to become the primary.
+    pub(super) fn begin_promotion(&mut self, target: Target, reason: &str) {
         let Some(mirror) = &mut self.mirror else { return };
         let opening = Machine::Changing(Box::new(Transition::Opening));
         match std::mem::replace(&mut mirror.machine, opening) {
             Machine::Secondary(mut secondary) => {
                 secondary.halt(reason, &mut self.out);
+                target.hold(&mut secondary);
                 let stage = PromoteStage::Quieting;
-                mirror.machine = Machine::Changing(Box::new(Transition::Promoting { secondary, stage }));
+                mirror.machine =
+                    Machine::Changing(Box::new(Transition::Promoting { secondary, stage, target }));
             }
             other @ (Machine::Primary(_) | Machine::Changing(_)) => mirror.machine = other,
         }
@@ -768,6 +808,16 @@ impl Group {
 }
 
 impl Mirror {
+    /// A page of an intent map could not be written: a promotion that needs it waits a moment.
+    pub(super) fn retry_marking_later(&mut self, now: Monotonic, out: &mut Outbox) {
+        let marking = matches!(&self.machine, Machine::Changing(change)
+            if matches!(**change, Transition::Promoting { stage: PromoteStage::Marking, .. }));
+        if marking {
+            self.retry_change_at = Some(now + PERSIST_PAUSE);
+            out.log(Loudness::Error, "an intent map could not be written; trying again".to_owned());
+        }
+    }
+
     pub(super) fn become_secondary(&mut self, out: &mut Outbox) {
         let Some((log, checkpoint)) = self.redo.take() else {
             return;
@@ -778,7 +828,7 @@ impl Mirror {
             staged: None,
             staged_cuts: Vec::new(),
             committed_cuts: Vec::new(),
-            stamps: None,
+            committed_cuts_newest: None,
             completes: false,
         };
         let mut secondary = Secondary::new(log, checkpoint, empty);
@@ -802,13 +852,13 @@ pub(super) fn forget_primary(out: &mut Outbox) {
         | Purpose::SpillSync
         | Purpose::SwitchFlush { .. } => true,
         Purpose::Intent { .. }
-        | Purpose::HashRead { .. }
-        | Purpose::VerifyHash { .. }
+        | Purpose::ImageRead { .. }
+        | Purpose::DrillWrite { .. }
         | Purpose::InitialApply
         | Purpose::InitialFlush
         | Purpose::Apply
         | Purpose::ApplyFlush
-        | Purpose::ApplyRead
+        | Purpose::ApplyRead { .. }
         | Purpose::RedoWrite
         | Purpose::RedoSync
         | Purpose::Checkpoint

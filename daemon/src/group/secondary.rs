@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use block::{ByteCount, DATA_UNIT_BYTES, Monotonic, Position, Tip, WallTime};
 use bytes::Bytes;
+use engine::overlay::{CutNumber, Overlay};
 use journal::{Checkpoint, Cut, Placement, RedoFull, RedoLog};
 use protocol::{
     Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, Message, ReceiverChain, Welcome,
@@ -15,8 +16,11 @@ use protocol::{
 
 use super::MirrorSettings;
 use super::apply::{ApplyItem, Applying};
+use super::drill::Drill;
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::image::{ImageReads, Reader};
 use super::verify::Verifying;
+use super::window::{ApplyRate, Begun, Hold, Point, Waiting};
 
 /// Received cuts that wait for the redo log; the transport stops reading beyond.
 const INCOMING_CUTS_MAX: usize = 64;
@@ -89,12 +93,24 @@ pub(super) struct Secondary {
     /// Committed cuts that are not applied.
     pub(super) queue: VecDeque<ApplyItem>,
     pub(super) applying: Applying,
+    last_number: CutNumber,
+    pub(super) hold: Hold,
+    pub(super) begun: Begun,
+    pub(super) waiting: Waiting,
+    pub(super) rate: ApplyRate,
+    /// The recovered cuts have their times.
+    pub(super) settled: bool,
+    /// What is committed and not at home.
+    pub(super) overlay: Overlay,
+    pub(super) images: ImageReads,
+    pub(super) drill: Option<Drill>,
+    pub(super) last_drill_write: u64,
     hashes: VecDeque<Hashing>,
     hashing: BTreeMap<u64, Hashing>,
     last_hash: u64,
     pub(super) verifying: Verifying,
-    /// The newest committed cut's stamps: the primary's clock, and this side's own as the primary had heard it.
-    pub(super) stamps: Option<(WallTime, WallTime)>,
+    /// The newest committed cut; `None` if it was released before a restart.
+    pub(super) newest: Option<Point>,
     /// Where this side, once a primary, may differ from its new primary.
     pub(super) compare: Vec<CompareRange>,
     pub(super) orphaned: Option<(ByteCount, bool)>,
@@ -115,6 +131,18 @@ impl Secondary {
     /// A target that continues from its recovered redo log.
     pub(super) fn new(log: RedoLog, checkpoint: Checkpoint, recovered: super::RecoveredCuts) -> Self {
         let chain = ReceiverChain::new(recovered.durable, recovered.staged);
+        let (mut waiting, mut overlay, mut begun) =
+            (Waiting::default(), Overlay::default(), Begun::default());
+        for item in &recovered.committed_cuts {
+            waiting.add(item);
+            overlay.insert(item.number, &item.placement, &item.changes);
+            if item.placement.end() <= checkpoint.limit {
+                // The last start of this daemon may have written it home.
+                begun = Begun { number: item.number, end: item.placement.end(), point: item.point };
+            }
+        }
+        let last_number =
+            recovered.committed_cuts.iter().chain(&recovered.staged_cuts).map(|item| item.number).max();
         Self {
             session: None,
             lineage: Position::default(),
@@ -123,6 +151,16 @@ impl Secondary {
             durable: chain,
             log,
             applying: Applying::new(checkpoint.applied),
+            last_number: last_number.unwrap_or_default(),
+            hold: Hold::default(),
+            begun,
+            waiting,
+            rate: ApplyRate::default(),
+            settled: false,
+            overlay,
+            images: ImageReads::default(),
+            drill: None,
+            last_drill_write: 0,
             checkpoint,
             next_checkpoint: None,
             incoming: VecDeque::new(),
@@ -133,7 +171,7 @@ impl Secondary {
             hashing: BTreeMap::new(),
             last_hash: 0,
             verifying: Verifying::default(),
-            stamps: recovered.stamps,
+            newest: recovered.committed_cuts_newest,
             compare: Vec::new(),
             orphaned: None,
             trouble: None,
@@ -206,6 +244,7 @@ impl Secondary {
     /// Refuses a greeting that waits and every later one: a role change has begun.
     pub(super) fn halt(&mut self, reason: &str, out: &mut Outbox) {
         self.halted = true;
+        self.end_drill(Loudness::Warn, reason, out);
         self.end_session(reason, out);
         if let Some(greeting) = self.greeting.take() {
             out.push(Effect::CloseSession { session: greeting.session, reason: reason.to_owned() });
@@ -223,7 +262,7 @@ impl Secondary {
         self.session = Some(session);
         self.lineage = hello.position;
         self.trouble = None;
-        let age = self.stamps.map(|(_, echo)| wall.0.saturating_sub(echo.0).div_ceil(1_000_000));
+        let age = self.newest.map(|point| wall.0.saturating_sub(point.echo.0).div_ceil(1_000_000));
         let welcome = Welcome {
             tip: self.durable.durable(),
             staged: self.durable.staged(),
@@ -363,6 +402,9 @@ impl Secondary {
         wall: WallTime,
         out: &mut Outbox,
     ) {
+        self.settle(settings, now, wall);
+        let keeps = settings.retention.window > std::time::Duration::ZERO;
+        self.hold = if keeps && state.consistent && !state.diverged { Hold::Window } else { Hold::Nothing };
         self.welcome_if_quiet(state, wall, out);
         self.start_batch(state, out);
         self.apply_more(settings, now, out);
@@ -448,8 +490,12 @@ impl Secondary {
             self.incoming.push_front(received);
         }
         self.applying.hurry = true;
-        let hopeless =
-            error == RedoFull::CutTooLong || (pass != 0 && self.queue.is_empty() && self.applying.is_clean());
+        if self.queue.back().is_some_and(|item| self.is_held_by_drill(item.number)) {
+            // Receiving does not wait for a drill.
+            self.end_drill(Loudness::Error, "the redo log is full", out);
+        }
+        let released = self.queue.is_empty() && self.applying.is_clean() && !self.images.holds_release();
+        let hopeless = error == RedoFull::CutTooLong || (pass != 0 && released);
         if !alone || !hopeless {
             return;
         }
@@ -532,8 +578,15 @@ impl Secondary {
     }
 
     /// The batch counts: the chain moves, the primary is told, the applier gets what is committed.
-    pub(super) fn batch_counts(&mut self, wall: WallTime, out: &mut Outbox) {
+    pub(super) fn batch_counts(
+        &mut self,
+        settings: &MirrorSettings,
+        now: Monotonic,
+        wall: WallTime,
+        out: &mut Outbox,
+    ) {
         let Some(batch) = self.batch.take() else { return };
+        let due = now + settings.retention.window;
         for received in batch.cuts {
             let Some(placement) = received.placement else {
                 continue;
@@ -549,20 +602,34 @@ impl Secondary {
             let followed = self.durable.accept(&arrival, &received.cut.tip.position);
             assert_eq!(followed, Ok(()), "what was accepted follows the durable chain");
             let (commit, initial) = (meta.commit, meta.initial);
-            if commit {
+            let tip = received.cut.tip;
+            let point = commit.then(|| {
                 // An older stamp still bounds what is missing.
-                let echo = self.stamps.map_or(meta.echo, |(_, echo)| echo.max(meta.echo));
-                self.stamps = Some((meta.time, echo));
-            }
+                let echo = self.newest.map_or(meta.echo, |newest| newest.echo.max(meta.echo));
+                Point { tip, echo, seen: wall }
+            });
+            self.newest = point.or(self.newest);
+            self.last_number = CutNumber(self.last_number.0 + 1);
             let item = ApplyItem {
+                number: self.last_number,
                 placement,
-                tip: received.cut.tip,
-                records: Some(received.cut.records),
+                tip,
+                changes: if initial { Vec::new() } else { journal::changes(&received.cut.records) },
+                records: (self.hold != Hold::Window).then_some(received.cut.records),
                 done: initial,
+                point: point.filter(|_| !initial),
+                due,
             };
+            if initial {
+                // It was written home before it came here.
+                self.begun = Begun { number: item.number, end: item.placement.end(), point: None };
+            }
             if commit {
-                self.queue.extend(self.staged.drain(..));
-                self.queue.push_back(item);
+                for mut staged in std::mem::take(&mut self.staged) {
+                    staged.due = due;
+                    self.commit_item(staged);
+                }
+                self.commit_item(item);
             } else {
                 // A pass may be larger than memory: staged cuts are read back from redo when they commit.
                 self.staged.push(ApplyItem { records: None, ..item });
@@ -573,6 +640,12 @@ impl Secondary {
             self.drop_incoming();
         }
         self.acknowledge(wall, out);
+    }
+
+    fn commit_item(&mut self, item: ApplyItem) {
+        self.waiting.add(&item);
+        self.overlay.insert(item.number, &item.placement, &item.changes);
+        self.queue.push_back(item);
     }
 
     fn batch_failed(&mut self, batch: &Batch, out: &mut Outbox) {
@@ -587,19 +660,15 @@ impl Secondary {
     }
 
     fn hash_more(&mut self, out: &mut Outbox) {
-        // Hashes are of the image at the durable tip: home, once everything committed is applied.
-        let busy = !self.queue.is_empty() || self.applying.is_writing();
-        while !busy && self.hashing.len() < HASHES_MAX {
+        // Hashes are of the image at the durable tip: home overlaid by what is not there yet.
+        while self.hashing.len() < HASHES_MAX {
             let Some(hashing) = self.hashes.pop_front() else {
                 return;
             };
             self.last_hash += 1;
             let (volume, range) = (hashing.request.volume, hashing.request.range);
-            out.io(
-                Purpose::HashRead { session: hashing.session, request: self.last_hash },
-                IoRequest::HomeRead { volume, range },
-            );
             self.hashing.insert(self.last_hash, hashing);
+            self.read_image(Reader::Hash(self.last_hash), volume, range, out);
         }
     }
 

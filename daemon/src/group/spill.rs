@@ -548,7 +548,10 @@ impl Primary {
         while self.spill.broken_until.is_none() && self.spill.writes() < WRITES_MAX {
             // Without room the tail stays as it is: the ring may take it before there is some.
             let lowest = wanted.bytes.next_multiple_of(journal::PAGE_BYTES) + journal::PAGE_BYTES;
-            if self.spill.space.capacity() < self.spill.space.used_bytes() + lowest {
+            let capacity = self.spill.space.capacity();
+            // A clean stop puts the memory there too.
+            let reserve = budget.bytes_max.min(capacity / 4);
+            if capacity < self.spill.space.used_bytes() + lowest + reserve {
                 return;
             }
             let Some(records) = self.spill.full_segment(limit, wanted) else {

@@ -13,6 +13,7 @@ use protocol::{CompareRange, Hello, Message, PROTOCOL_VERSION, RefusalCode, Refu
 
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose, SessionId};
 use super::primary::{Gate, Link, Primary};
+use super::rewind::Target;
 use super::roles::{self, StateChange, Transition};
 use super::{Group, Machine, Mirror, MirrorSettings, VerbRefused};
 
@@ -426,7 +427,7 @@ impl Group {
                 let text =
                     format!("the primary gave its role up at position {}: this side takes it", tip.position);
                 self.out.log(Loudness::Info, text);
-                self.begin_promotion("this side takes the role over");
+                self.begin_promotion(Target::everything(), "this side takes the role over");
             }
         }
     }

@@ -6,8 +6,10 @@ use block::{ByteCount, Monotonic, Position, Sequence, VolumeIndex, WallTime};
 use engine::StepId;
 use protocol::{JournalTier, MirrorState, Role};
 
+use super::drill::DrillSnapshot;
 use super::primary::{Gate, Link, Primary};
 use super::secondary::Secondary;
+use super::window::{Point, WindowSnapshot};
 use super::{Group, Machine, Pressure};
 
 /// What a forced failover loses.
@@ -15,7 +17,7 @@ use super::{Group, Machine, Pressure};
 pub struct LossReport {
     /// The last write that survives.
     pub recovery_point: Position,
-    /// The primary's clock at the recovery point.
+    /// This side's own clock when the recovery point's cut came: nothing in it was written later.
     pub time: Option<WallTime>,
     /// At most so much time of acknowledged writes is lost; `None` if it is not known.
     pub lost_at_most: Option<Duration>,
@@ -23,13 +25,13 @@ pub struct LossReport {
 
 impl LossReport {
     /// The bound by this side's own clock: the last cut echoed a stamp of it, and all that is lost came after.
-    pub(super) fn new(tip: Position, stamps: Option<(WallTime, WallTime)>, wall: WallTime) -> Self {
+    pub(super) fn new(tip: Position, point: Option<Point>, wall: WallTime) -> Self {
         Self {
             recovery_point: tip,
-            time: stamps.map(|(time, _)| time),
-            lost_at_most: stamps
-                .filter(|(_, echo)| echo.0 > 0)
-                .map(|(_, echo)| Duration::from_nanos(wall.0.saturating_sub(echo.0))),
+            time: point.map(|point| point.seen),
+            lost_at_most: point
+                .filter(|point| point.echo.0 > 0)
+                .map(|point| Duration::from_nanos(wall.0.saturating_sub(point.echo.0))),
         }
     }
 }
@@ -49,7 +51,7 @@ pub struct MirrorSnapshot {
     pub connected: bool,
     /// The last assigned sequence at the primary; the durable tip at the secondary.
     pub position: Position,
-    /// The last position that the target durably holds, and the primary's clock then.
+    /// The last position that the target durably holds, and this side's clock then.
     pub recovery_point: Option<(Position, Option<WallTime>)>,
     /// `None` if it cannot be told.
     pub rpo: Option<Duration>,
@@ -69,6 +71,10 @@ pub struct MirrorSnapshot {
     pub needs_start: bool,
     /// Payload bytes held in memory for the mirror.
     pub memory: ByteCount,
+    /// The retention window of a secondary with an image.
+    pub window: Option<WindowSnapshot>,
+    /// The drill at a secondary.
+    pub drill: Option<DrillSnapshot>,
     /// Bytes of the spill file in use.
     pub spilled: ByteCount,
     /// How far behind the target is, and what is done about it.
@@ -129,6 +135,8 @@ impl Group {
                 bad: ByteCount(0),
                 needs_start: false,
                 memory: ByteCount(0),
+                window: None,
+                drill: None,
                 spilled: ByteCount(0),
                 pressure: Pressure::default(),
             },
@@ -215,6 +223,8 @@ impl Primary {
             bad: ByteCount(self.volumes.iter().map(|volume| volume.bad.count().bytes().0).sum()),
             needs_start: self.gate == Gate::Approval
                 || matches!(self.link, Link::Halted { .. } | Link::Stopped),
+            window: None,
+            drill: None,
             memory: ByteCount(self.ring.bytes() + self.spill.held_bytes()),
             spilled: ByteCount(self.spill.space.used_bytes()),
             pressure: Pressure::default(),
@@ -248,7 +258,7 @@ impl Secondary {
         } else {
             self.trouble.clone()
         };
-        let rpo = self.stamps.filter(|(_, echo)| echo.0 > 0);
+        let rpo = self.newest.filter(|point| point.echo.0 > 0);
         MirrorSnapshot {
             role: Role::Secondary,
             state,
@@ -256,10 +266,10 @@ impl Secondary {
             synchronized: state == MirrorState::ConsistentSynchronized,
             connected,
             position: tip,
-            recovery_point: consistent.then(|| (tip, self.stamps.map(|(time, _)| time))),
+            recovery_point: consistent.then(|| (tip, self.newest.map(|point| point.seen))),
             rpo: rpo
                 .filter(|_| consistent)
-                .map(|(_, echo)| Duration::from_nanos(wall.0.saturating_sub(echo.0))),
+                .map(|point| Duration::from_nanos(wall.0.saturating_sub(point.echo.0))),
             rpo_is_bound: true,
             backlog: ByteCount(0),
             tier: JournalTier::Ring,
@@ -267,8 +277,10 @@ impl Secondary {
             orphaned,
             bad: ByteCount(0),
             needs_start: waiting,
+            memory: self.memory(),
+            window: (consistent && !diverged).then(|| self.window(wall)),
+            drill: self.drill_snapshot(),
             spilled: ByteCount(0),
-            memory: ByteCount(self.queue.iter().map(|item| item.placement.length).sum::<u64>().min(64 << 20)),
             pressure: Pressure::default(),
         }
     }

@@ -51,6 +51,9 @@ pub(super) struct Arguments {
     /// The number of shard threads; one a core if not given.
     #[arg(long, value_name = "N")]
     shards: Option<NonZeroUsize>,
+    /// How long a target keeps committed writes out of its volumes, so that a failover can go back.
+    #[arg(long, value_name = "SECONDS")]
+    retention_window_seconds: Option<u64>,
     /// Rebuild the catalogue from the volumes' headers, and end.
     #[arg(long, conflicts_with = "print_settings")]
     rebuild_catalogue: bool,
@@ -78,6 +81,7 @@ impl Arguments {
             console_listen: self.console,
             kek_file: self.kek,
             shards: self.shards,
+            retention_window_seconds: self.retention_window_seconds,
             ..SettingsFile::default()
         }
     }

@@ -90,6 +90,13 @@ settings_file! {
     intent_budget_bytes: u64,
     /// How long a restarted primary waits for its partner before it opens its exports. Default 30.
     start_grace_seconds: u64,
+    /// How long a target keeps committed writes out of its volumes, so that a failover can go back, 0 to 604800.
+    /// Default 0.
+    retention_window_seconds: u64,
+    /// The redo that a target keeps can be applied within this time at a failover, 1 to 86400. Default 30.
+    failover_apply_seconds: NonZeroU32,
+    /// The scratch space of a drill, at least 1 MiB. Default 10 GiB; with `--dev` 256 MiB.
+    drill_scratch_bytes: u64,
     /// How long hosts' writes wait under `--overload stop` before they are refused, 0 to 300. Default 10.
     overload_hold_seconds: u64,
     /// The RPO budget of a mirror created without one. Default 900.
@@ -117,9 +124,14 @@ impl SettingsFile {
             spill_bytes: Some(256 << 20),
             redo_segment_bytes: Some(32 << 20),
             redo_segments: NonZeroU32::new(16),
+            drill_scratch_bytes: Some(256 << 20),
             ..Self::default()
         }
     }
+}
+
+fn seconds(duration: std::time::Duration) -> Option<NonZeroU32> {
+    u32::try_from(duration.as_secs()).ok().and_then(NonZeroU32::new)
 }
 
 impl From<&Settings> for SettingsFile {
@@ -157,6 +169,9 @@ impl From<&Settings> for SettingsFile {
             intent_region_bytes: Some(settings.intent_region.0),
             intent_budget_bytes: Some(settings.intent_budget.0),
             start_grace_seconds: Some(settings.start_grace.as_secs()),
+            retention_window_seconds: Some(settings.retention.window.as_secs()),
+            failover_apply_seconds: seconds(settings.retention.failover_within),
+            drill_scratch_bytes: Some(settings.drill_scratch.0),
             overload_hold_seconds: Some(settings.overload_hold.as_secs()),
             rpo_seconds: Some(settings.rpo_seconds),
             pools: Some(settings.pools.clone()),

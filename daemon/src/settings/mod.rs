@@ -28,6 +28,8 @@ pub use listener::{NbdListener, NbdTls};
 
 use arguments::Arguments;
 
+use crate::group::Retention;
+
 /// The longest path of a Unix socket, in bytes: what `sockaddr_un` holds, less its final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 const MIB: u64 = 1 << 20;
@@ -35,6 +37,7 @@ const REDO_SEGMENTS_DEFAULT: NonZeroU32 = NonZeroU32::new(64).unwrap();
 const CONNECTIONS_DEFAULT: NonZeroU32 = NonZeroU32::new(1024).unwrap();
 /// A shard's measured rate is not known at a start; this is below what the reference machine serves.
 const SHARD_IOPS_DEFAULT: NonZeroU32 = NonZeroU32::new(60_000).unwrap();
+const FAILOVER_APPLY_SECONDS_DEFAULT: NonZeroU32 = NonZeroU32::new(30).unwrap();
 const RPO_SECONDS_DEFAULT: NonZeroU32 = NonZeroU32::new(900).unwrap();
 
 /// A certificate and its key.
@@ -107,6 +110,10 @@ pub struct Settings {
     pub intent_budget: ByteCount,
     /// How long a restarted primary waits for its partner before it opens its exports.
     pub start_grace: Duration,
+    /// How long a target keeps committed writes out of its volumes.
+    pub retention: Retention,
+    /// The scratch space of a drill.
+    pub drill_scratch: ByteCount,
     /// How long hosts' writes wait under `--overload stop` before they are refused.
     pub overload_hold: Duration,
     /// The RPO budget of a mirror created without one.
@@ -236,6 +243,13 @@ impl Settings {
             intent_region: bytes(file.intent_region_bytes, MIB),
             intent_budget: bytes(file.intent_budget_bytes, 256 << 30),
             start_grace: Duration::from_secs(file.start_grace_seconds.unwrap_or(30)),
+            retention: Retention {
+                window: Duration::from_secs(file.retention_window_seconds.unwrap_or(0)),
+                failover_within: Duration::from_secs(
+                    file.failover_apply_seconds.unwrap_or(FAILOVER_APPLY_SECONDS_DEFAULT).get().into(),
+                ),
+            },
+            drill_scratch: bytes(file.drill_scratch_bytes, 10 << 30),
             overload_hold: Duration::from_secs(file.overload_hold_seconds.unwrap_or(10)),
             rpo_seconds: file.rpo_seconds.unwrap_or(RPO_SECONDS_DEFAULT),
             data_dir,
@@ -309,6 +323,9 @@ impl Settings {
         between("nbd_connections_max", u64::from(self.nbd_connections_max.get()), 1, 16_384)?;
         between("nbd_stall_seconds", self.nbd_stall.as_secs(), 1, 86_400)?;
         between("start_grace_seconds", self.start_grace.as_secs(), 0, 86_400)?;
+        between("retention_window_seconds", self.retention.window.as_secs(), 0, 604_800)?;
+        between("failover_apply_seconds", self.retention.failover_within.as_secs(), 1, 86_400)?;
+        between("drill_scratch_bytes", self.drill_scratch.0, MIB, 1 << 50)?;
         between("overload_hold_seconds", self.overload_hold.as_secs(), 0, 300)?;
         between("rpo_seconds", u64::from(self.rpo_seconds.get()), 1, 86_400)?;
         between("redo_segments", u64::from(self.redo_segments.get()), 2, 65_536)?;

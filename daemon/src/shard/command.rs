@@ -15,8 +15,9 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::tls::TlsSession;
 use crate::group::{
-    CleanState, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings, MirrorSnapshot,
-    OpenedMirror, OrphanProgress, SwitchProgress, VerbRefused, VerifyReport, VolumeSnapshot,
+    CleanState, DrillSnapshot, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings,
+    MirrorSnapshot, OpenedMirror, OrphanProgress, RewindTo, SwitchProgress, VerbRefused, VerifyReport,
+    VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -87,6 +88,20 @@ pub struct MirroredStart {
     pub redo: RedoFiles,
 }
 
+/// A drill and the group that serves its copy.
+pub struct DrillStart {
+    /// The copy's group.
+    pub drill: GroupKey,
+    /// The copy's volumes, in index order: home is the scratch file.
+    pub files: Vec<VolumeFiles>,
+    /// The same.
+    pub volumes: Vec<GroupVolume>,
+    /// See [`crate::group::Group::start_drill`].
+    pub at: Option<RewindTo>,
+    /// See there.
+    pub scratch_bytes_max: u64,
+}
+
 /// What an operator may do with a mirror.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
@@ -97,10 +112,18 @@ pub enum Verb {
         /// See [`crate::group::Group::start`].
         local: bool,
     },
-    /// Say what a failover would lose.
-    Loss,
+    /// Say what a failover to this point would lose.
+    Loss {
+        /// See [`crate::group::Group::loss`].
+        at: Option<RewindTo>,
+    },
+    /// End the drill.
+    StopDrill,
     /// Promote this side.
-    Failover,
+    Failover {
+        /// See [`crate::group::Group::failover`].
+        at: Option<RewindTo>,
+    },
     /// Compare the target's image with this side's.
     Verify {
         /// See [`crate::group::Group::verify`].
@@ -244,6 +267,15 @@ pub enum ShardCommand {
         /// The outcome.
         done: oneshot::Sender<VerbResult>,
     },
+    /// Begin a drill of a mirrored group.
+    StartDrill {
+        /// Which.
+        key: GroupKey,
+        /// The drill.
+        start: Box<DrillStart>,
+        /// The outcome.
+        done: oneshot::Sender<Result<DrillSnapshot, VerbRefused>>,
+    },
     /// How is a group?
     Snapshot {
         /// Which.
@@ -286,6 +318,13 @@ pub enum ShardNews {
     Presented(GroupKey),
     /// Hosts may not, for this reason.
     Withdrawn(GroupKey, String),
+    /// The drill of the group is over: its copy has no hosts any more.
+    DrillEnded {
+        /// The mirrored group.
+        key: GroupKey,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// The way to a shard.

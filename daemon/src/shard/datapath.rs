@@ -148,6 +148,8 @@ impl Shard {
                 self.tell(ShardNews::Withdrawn(key, reason));
                 self.end_connections(key);
             }
+            Effect::DrillDone { request, result } => self.drill_done(request, result),
+            Effect::DrillEnded { reason } => self.drill_ended(key, reason),
             Effect::Log { loudness, text } => self.log(key, loudness, &text),
         }
     }
@@ -191,7 +193,10 @@ impl Shard {
             return;
         };
         self.count(key, 1);
-        self.submit(pending, operation(file));
+        match self.groups.get(&key).and_then(|served| served.drill_of) {
+            Some(parent) => self.on_drill(parent, volume, pending, operation(file)),
+            None => self.submit(pending, operation(file)),
+        }
     }
 
     /// Counts a group's operations on their way.

@@ -80,6 +80,14 @@ impl Shard {
                 let file = self.segment(key, file);
                 self.read_file(key, io, file, "reading redo", offset, length);
             }
+            IoRequest::ScratchRead { volume, range } => {
+                let file = self.scratch(key, volume);
+                self.read_file(key, io, file, "reading a drill's scratch", range.offset(), range.length());
+            }
+            IoRequest::ScratchWrite { volume, offset, data } => {
+                let file = self.scratch(key, volume);
+                self.write_file(key, io, file, "writing a drill's scratch", offset, data, false);
+            }
             IoRequest::CheckpointWrite { slot, page } => {
                 let file =
                     self.groups.get(&key).and_then(|served| Some(served.redo.as_ref()?.checkpoint.clone()));

@@ -8,6 +8,7 @@ mod closing;
 mod command;
 mod connection;
 mod datapath;
+mod drill;
 mod holes;
 mod meters;
 mod mirror_io;
@@ -31,20 +32,21 @@ use bytes::Bytes;
 use engine::CommandId;
 use replicator::Wake;
 use slab::Slab;
-use store::{Buffer, BufferPool, Completion, Operation, Ring, Token, Waker};
+use store::{Buffer, BufferPool, Completion, File, Operation, Ring, Token, Waker};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::group::{CleanState, Group};
 
 pub use clock::{monotonic, wall};
 pub use command::{
-    GroupKey, GroupSnapshot, GroupStart, HostConnection, MirroredStart, RedoFiles, ShardCommand, ShardHandle,
-    ShardNews, Verb, VerbResult, VolumeFiles,
+    DrillStart, GroupKey, GroupSnapshot, GroupStart, HostConnection, MirroredStart, RedoFiles, ShardCommand,
+    ShardHandle, ShardNews, Verb, VerbResult, VolumeFiles,
 };
 pub use tls::{Progress, TlsError, TlsSession};
 
 use connection::{Connection, ConnectionId};
 use datapath::{Ended, Pending};
+use drill::DrillBuffers;
 use meters::VolumeMeters;
 use mirror_io::Link;
 use requests::Requests;
@@ -86,6 +88,10 @@ struct Served {
     group: Group,
     volumes: Vec<ServedVolume>,
     redo: Option<RedoFiles>,
+    /// Of a drill of this group, by volume.
+    scratch: Vec<File>,
+    /// This group is the copy of that group's drill.
+    drill_of: Option<GroupKey>,
     links: BTreeMap<u64, Link>,
     connections: BTreeSet<ConnectionId>,
     timer: Option<Monotonic>,
@@ -154,6 +160,7 @@ struct Shard {
     budget: usize,
     sealing: Sealing,
     zeros: Bytes,
+    drill_buffers: DrillBuffers,
     bell: Bell,
     commands: Receiver<ShardCommand>,
     news: mpsc::UnboundedSender<(usize, ShardNews)>,
@@ -228,6 +235,7 @@ impl Shard {
             budget: TURN_BYTES,
             sealing: Sealing::default(),
             zeros: zeros.freeze(),
+            drill_buffers: DrillBuffers::new(),
             bell: Bell { rung: Arc::default(), waker },
             commands,
             news,
@@ -425,6 +433,7 @@ impl Shard {
             ShardCommand::Persisted { key, io, result } => {
                 self.with_group(key, |served, _| served.group.io_done(io, result.map(|()| Bytes::new())));
             }
+            ShardCommand::StartDrill { key, start, done } => self.start_drill(key, *start, done),
             ShardCommand::Verb { key, verb, done } => self.verb(key, verb, done),
             ShardCommand::Snapshot { key, done } => self.snapshot(key, done),
             ShardCommand::OrphanProgress { key, done } => self.with_group(key, |served, _| {
@@ -470,6 +479,8 @@ impl Shard {
             group,
             volumes,
             redo,
+            scratch: Vec::new(),
+            drill_of: None,
             links: BTreeMap::new(),
             connections: BTreeSet::new(),
             timer: None,
@@ -504,8 +515,9 @@ impl Shard {
             let result = match verb {
                 Verb::Stop => served.group.stop().map(|()| None),
                 Verb::Start { local } => served.group.start(local).map(|()| None),
-                Verb::Loss => served.group.loss().map(Some),
-                Verb::Failover => served.group.failover().map(Some),
+                Verb::StopDrill => served.group.stop_drill().map(|()| None),
+                Verb::Loss { at } => served.group.loss(at).map(Some),
+                Verb::Failover { at } => served.group.failover(at).map(Some),
                 Verb::Verify { repair_from } => served.group.verify(repair_from).map(|()| None),
                 Verb::Switch => served.group.switch().map(|()| None),
                 Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),

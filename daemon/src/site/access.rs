@@ -137,8 +137,10 @@ impl Site {
         self.exports().update(&volume);
         // After the exports: a connection that the old access let in is on its shard by now.
         if let Some(key) = self.group_of_volume(id) {
-            let (volume, access) = (id, volume.access.clone());
-            self.shard_of(key).send(ShardCommand::Access { key, volume, access });
+            for key in [Some(key), self.drill_of(key)].into_iter().flatten() {
+                let (volume, access) = (id, volume.access.clone());
+                self.shard_of(key).send(ShardCommand::Access { key, volume, access });
+            }
         }
         Ok(volume)
     }

@@ -36,6 +36,11 @@ impl Exports {
 
     /// Adds an export that is not presented yet, or one that cannot be.
     pub(super) fn insert(&self, volume: &VolumeRecord, group: Option<GroupKey>, reason: &str) {
+        self.insert_as(volume.name.as_str(), volume, group, reason);
+    }
+
+    /// The same by another name: a copy of the volume.
+    pub(super) fn insert_as(&self, name: &str, volume: &VolumeRecord, group: Option<GroupKey>, reason: &str) {
         let export = Export {
             volume: volume.id,
             size: volume.size,
@@ -43,7 +48,7 @@ impl Exports {
             group,
             presented: Err(reason.to_owned()),
         };
-        self.write().insert(volume.name.to_string(), export);
+        self.write().insert(name.to_owned(), export);
     }
 
     pub(super) fn remove(&self, name: &str) {
@@ -59,8 +64,12 @@ impl Exports {
 
     /// A volume's size or access has changed; connections that are handed over from now on have the new one.
     pub(super) fn update(&self, volume: &VolumeRecord) {
-        if let Some(export) = self.write().get_mut(volume.name.as_str()) {
+        let mut exports = self.write();
+        if let Some(export) = exports.get_mut(volume.name.as_str()) {
             export.size = volume.size;
+        }
+        // A copy of the volume is no more open than the volume.
+        for export in exports.values_mut().filter(|export| export.volume == volume.id) {
             export.access.clone_from(&volume.access);
         }
     }

@@ -222,6 +222,23 @@ pub(super) fn open_spill(folder: &Path, bytes: ByteCount) -> Result<Option<File>
     Ok(Some(File::create_thick(&path, bytes.0, true)?))
 }
 
+/// Voids the cuts that a crash left in a primary's redo log between the promotion of a rewind and its end.
+pub(super) fn empty_redo(
+    folder: &Path,
+    recovered: &mut Recovered,
+    checkpoint: Checkpoint,
+) -> Result<Checkpoint, FilesError> {
+    let Some(next) = recovered.void(&checkpoint) else {
+        return Ok(checkpoint);
+    };
+    let path = folder.join(CHECKPOINT_FILE);
+    let file = fs::OpenOptions::new().write(true).open(&path).map_err(system("open", &path))?;
+    file.write_all_at(&next.encode(), next.slot() * PAGE_BYTES).map_err(system("write", &path))?;
+    file.sync_all().map_err(system("sync", &path))?;
+    tracing::info!(folder = %folder.display(), "the cuts that the last promotion discarded are void");
+    Ok(next)
+}
+
 /// Writes a file so that it is wholly there or not at all after a crash.
 pub(super) fn write_durably(path: &Path, bytes: &[u8]) -> Result<(), FilesError> {
     let aside = path.with_extension("new");

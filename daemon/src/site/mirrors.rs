@@ -21,7 +21,7 @@ use super::volumes::problem;
 use super::{Site, files, group_record};
 use crate::api::OperationError;
 use crate::catalogue::{MirrorRecord, VolumeRecord};
-use crate::group::{CleanState, LossReport, OpenedMirror};
+use crate::group::{CleanState, LossReport, OpenedMirror, RewindTo};
 use crate::shard::{GroupKey, GroupSnapshot, MirroredStart, RedoFiles, ShardCommand, Verb, VolumeFiles};
 
 /// A promotion applies what is committed first; a long redo log takes its time.
@@ -437,7 +437,7 @@ impl Site {
             } else {
                 if state.role == Role::Secondary && !state.diverged {
                     // What is committed goes home first.
-                    self.fail_over_group(mirror, key).await?;
+                    self.fail_over_group(mirror, key, None).await?;
                 }
                 self.unlock_group(mirror, key)?;
                 self.shard_of(key).send(ShardCommand::Detach { key });
@@ -500,10 +500,11 @@ impl Site {
         &self,
         mirror: &MirrorRecord,
         key: GroupKey,
+        at: Option<RewindTo>,
     ) -> Result<LossReport, OperationError> {
-        self.verb(key, Verb::Loss).await?;
+        self.verb(key, Verb::Loss { at }).await?;
         self.unlock_group(mirror, key)?;
-        let report = self.verb(key, Verb::Failover).await?;
+        let report = self.verb(key, Verb::Failover { at }).await?;
         let report = report.ok_or_else(|| problem(ProblemKind::Internal, "the failover gave no report"))?;
         let promoted = async {
             loop {

@@ -9,6 +9,7 @@ mod changes;
 mod clean;
 mod console;
 mod descriptors;
+mod drill;
 mod exports;
 mod files;
 mod greeting;
@@ -87,6 +88,8 @@ pub struct Site {
     shards: Vec<ShardHandle>,
     groups: Mutex<Groups>,
     exports: Exports,
+    /// Drills' copies, by the mirrored group.
+    drills: Mutex<BTreeMap<GroupKey, drill::DrillCopy>>,
     /// What is wrong with volumes that could not be opened.
     troubles: Mutex<BTreeMap<VolumeId, String>>,
     partner_troubles: Mutex<BTreeMap<VolumeName, Option<String>>>,
@@ -162,6 +165,7 @@ impl Site {
             shards,
             groups: Mutex::default(),
             exports: Exports::default(),
+            drills: Mutex::default(),
             troubles: Mutex::default(),
             partner_troubles: Mutex::default(),
             untold: Mutex::default(),
@@ -280,6 +284,16 @@ impl Site {
         key
     }
 
+    /// A key for the copy of a drill, beside its mirror. No volume is found by it.
+    fn new_drill_group(&self, mirrored: GroupKey) -> GroupKey {
+        let mut groups = lock(&self.groups);
+        groups.last += 1;
+        let key = GroupKey(groups.last);
+        let shard = groups.entries.get(&mirrored).map_or(0, |entry| entry.shard);
+        groups.entries.insert(key, GroupEntry { shard, volumes: Vec::new(), mirror: None });
+        key
+    }
+
     fn forget_group(&self, key: GroupKey) {
         lock(&self.groups).entries.remove(&key);
     }
@@ -326,6 +340,10 @@ impl Site {
                 }
                 ShardNews::Presented(key) => self.exports.present(key, &Ok(())),
                 ShardNews::Withdrawn(key, reason) => self.exports.present(key, &Err(reason)),
+                ShardNews::DrillEnded { key, reason } => {
+                    tracing::info!(reason, "the copy of a drill is taken away");
+                    tokio::spawn(Arc::clone(&self).drill_ended(key));
+                }
             }
         }
     }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    CertificateView, Counts, FailoverResult, MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView,
-    OrphansRequest, OrphansView, PartnerAdd, PartnerView, ProblemKind, RecoveryPoint, Side, StatusView,
-    Timestamp, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
+    CertificateView, Counts, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet,
+    MirrorStart, MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, ProblemKind,
+    RecoveryPoint, RecoveryTarget, Side, StatusView, Timestamp, VolumeAccessChange, VolumeAccessView,
+    VolumeCreate, VolumeResize, VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -20,6 +21,7 @@ use super::volumes::problem;
 use super::{Site, lock};
 use crate::api::{OperationError, Operations};
 use crate::catalogue::{MirrorRecord, PartnerRecord, VolumeRecord};
+use crate::group::{LossReport, RewindTo};
 use crate::settings::ConsoleAddress;
 use crate::shard::{GroupKey, Verb};
 
@@ -116,6 +118,24 @@ impl Site {
         Ok(partner)
     }
 
+    fn loss_not_accepted(&self, name: &VolumeName, report: Option<LossReport>) -> OperationError {
+        let loss = report.map(|report| {
+            let lost = report.lost_at_most.map_or("an unknown time".to_owned(), |lost| {
+                format!("at most {:.3} seconds", lost.as_secs_f64())
+            });
+            let time = Timestamp(report.time.unwrap_or_default());
+            format!(
+                "its recovery point would be {} of {time}, and {lost} of writes lost",
+                report.recovery_point
+            )
+        });
+        let detail = format!(
+            "mirror '{name}' was not failed over: {}; give --accept-loss to accept that",
+            loss.unwrap_or_default()
+        );
+        problem(ProblemKind::Refused, detail)
+    }
+
     fn warnings(&self) -> Vec<String> {
         let troubles = lock(&self.troubles);
         let names = self.catalogue().volumes();
@@ -132,6 +152,14 @@ impl Site {
             .chain(self.descriptors_wanted().shortage())
             .chain(self.removals.running())
             .collect()
+    }
+}
+
+/// A point as the group takes it.
+const fn rewind_to(target: RecoveryTarget) -> RewindTo {
+    match target {
+        RecoveryTarget::Time(time) => RewindTo::Time(time.0),
+        RecoveryTarget::Sequence(sequence) => RewindTo::Sequence(sequence),
     }
 }
 
@@ -293,10 +321,15 @@ impl Operations for Operator {
         self.mirror_view(&mirror).await
     }
 
-    async fn mirror_failover(&self, name: VolumeName) -> Outcome<FailoverResult> {
+    async fn mirror_failover(&self, name: VolumeName, failover: FailoverRequest) -> Outcome<FailoverResult> {
         let _changing = self.changes.lock().await;
         let (mirror, key) = self.known_mirror(&name)?;
-        let report = self.fail_over_group(&mirror, key).await?;
+        let at = failover.at.map(rewind_to);
+        if !failover.accept_loss {
+            let report = self.verb(key, Verb::Loss { at }).await?;
+            return Err(self.loss_not_accepted(&name, report));
+        }
+        let report = self.fail_over_group(&mirror, key, at).await?;
         Ok(FailoverResult {
             recovery_point: RecoveryPoint {
                 position: report.recovery_point,
@@ -305,6 +338,20 @@ impl Operations for Operator {
             seconds_lost: report.lost_at_most.unwrap_or_default().as_secs_f64(),
             seconds_lost_bound: true,
         })
+    }
+
+    async fn mirror_drill_start(&self, name: VolumeName, drill: DrillStart) -> Outcome<MirrorView> {
+        let _changing = self.changes.lock().await;
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.start_drill(&mirror, key, drill.at.map(rewind_to)).await?;
+        self.mirror_view(&mirror).await
+    }
+
+    async fn mirror_drill_stop(&self, name: VolumeName) -> Outcome<MirrorView> {
+        let _changing = self.changes.lock().await;
+        let (mirror, key) = self.known_mirror(&name)?;
+        self.stop_drill(&mirror, key).await?;
+        self.mirror_view(&mirror).await
     }
 
     async fn mirror_switch(&self, name: VolumeName) -> Outcome<MirrorView> {

@@ -2,7 +2,7 @@
 
 use control::{
     Iops, MirrorMemory, MirrorView, PartnerView, ProblemKind, RecoveryPoint, ResyncView, Timestamp,
-    VolumeState, VolumeView,
+    VolumeState, VolumeView, WindowView,
 };
 use protocol::Role;
 
@@ -121,6 +121,15 @@ impl Site {
                 spill_bytes: view.spilled.0,
                 spill_bytes_max: self.settings.spill.0,
             },
+            drill: view.drill.map(|drill| self.drill_view(mirror, drill)),
+            window: view.window.map(|window| WindowView {
+                oldest: window
+                    .oldest
+                    .map(|(position, time)| RecoveryPoint { position, time: Timestamp(time) }),
+                seconds: window.span.as_secs_f64(),
+                seconds_wanted: self.settings.retention.window.as_secs(),
+                bytes: window.waiting_bytes,
+            }),
             volumes: names,
             partner: mirror.partner.clone(),
         })

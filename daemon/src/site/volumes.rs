@@ -140,6 +140,7 @@ impl Site {
             region_bytes: settings.intent_region.0,
             intent_budget_regions: settings.intent_budget.0 / settings.intent_region.0,
             start_grace: settings.start_grace,
+            retention: settings.retention,
             policy: self.mirror_policy(mirror),
         }
     }
@@ -177,8 +178,12 @@ impl Site {
             let name = volume.name.to_string();
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: Some(intent), cipher });
         }
+        self.clear_scratch(mirror);
         let folder = files::mirror_folder(&self.settings.data_dir, mirror.id);
-        let (mut redo, recovered, checkpoint) = files::open_redo(&folder, mirror.id)?;
+        let (mut redo, mut recovered, mut checkpoint) = files::open_redo(&folder, mirror.id)?;
+        if state.role == Role::Primary {
+            checkpoint = files::empty_redo(&folder, &mut recovered, checkpoint)?;
+        }
         redo.spill = files::open_spill(&folder, self.settings.spill).unwrap_or_else(|error| {
             tracing::warn!(%error, mirror = %mirror.name, "the mirror goes on without its spill file");
             None

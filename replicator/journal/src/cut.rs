@@ -113,7 +113,7 @@ struct CutHeader {
 
 const _: () = assert!(size_of::<CutHeader>() == CUT_HEADER_BYTES);
 
-const fn head_length(record_count: usize) -> usize {
+pub(crate) const fn head_length(record_count: usize) -> usize {
     (CUT_HEADER_BYTES + record_count * RECORD_HEADER_BYTES).next_multiple_of(4096)
 }
 

@@ -106,12 +106,10 @@ struct PagePrefix {
 
 const _: () = assert!(size_of::<PagePrefix>() == 16);
 
-const PAGE_VERSION: u16 = 1;
-
 /// Builds a page: prefix, `body`, zeros, checksum.
-pub(crate) fn seal_page(magic: [u8; 8], body: &[u8]) -> Bytes {
+pub(crate) fn seal_page(magic: [u8; 8], version: u16, body: &[u8]) -> Bytes {
     let mut prefix =
-        PagePrefix { magic, version: U16::new(PAGE_VERSION), reserved: U16::ZERO, checksum: U32::ZERO };
+        PagePrefix { magic, version: U16::new(version), reserved: U16::ZERO, checksum: U32::ZERO };
     let mut page = Vec::with_capacity(PAGE_LENGTH);
     page.extend_from_slice(prefix.as_bytes());
     page.extend_from_slice(body);
@@ -124,7 +122,7 @@ pub(crate) fn seal_page(magic: [u8; 8], body: &[u8]) -> Bytes {
 }
 
 /// Verifies a page and gives its body, whose unused rest is zero.
-pub(crate) fn open_page<Body>(magic: [u8; 8], page: &[u8]) -> Result<Body, PageError>
+pub(crate) fn open_page<Body>(magic: [u8; 8], version: u16, page: &[u8]) -> Result<Body, PageError>
 where
     Body: FromBytes + KnownLayout + Immutable + Unaligned + Copy,
 {
@@ -139,7 +137,7 @@ where
     if crc32c::crc32c_append(crc32c::crc32c(blank.as_bytes()), rest) != prefix.checksum.get() {
         return Err(PageError::Checksum);
     }
-    if prefix.version.get() != PAGE_VERSION {
+    if prefix.version.get() != version {
         return Err(PageError::Version(prefix.version.get()));
     }
     let (body, padding) = Body::read_from_prefix(rest).map_err(|_| PageError::Length(page.len()))?;

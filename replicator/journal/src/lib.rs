@@ -7,6 +7,7 @@
 //! It is pure: it says which bytes belong where, and the caller reads, writes and syncs them. It knows neither
 //! keys nor plaintext: payloads are ciphertext. The formats are specified in docs/formats/journal.md.
 
+mod change;
 mod checkpoint;
 mod cut;
 mod error;
@@ -19,6 +20,7 @@ mod ring;
 mod segment;
 mod spill;
 
+pub use change::{Change, ChangeContent, changes};
 pub use checkpoint::Checkpoint;
 pub use cut::{Cut, CutMeta, CutSize, EncodedCut, decode, encode, header_only, peek};
 pub use error::{CutError, PageError, RecordFault};

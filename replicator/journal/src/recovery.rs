@@ -10,8 +10,8 @@ use bytes::Bytes;
 
 use crate::redo::Segment;
 use crate::{
-    CUT_HEADER_BYTES, Checkpoint, Cursor, CutError, CutMeta, PAGE_BYTES, Placement, RedoConfig, RedoLog,
-    SegmentHeader, decode, peek,
+    CUT_HEADER_BYTES, Change, Checkpoint, Cursor, CutError, CutMeta, PAGE_BYTES, Placement, RedoConfig,
+    RedoLog, SegmentHeader, changes, decode, peek,
 };
 
 /// A cut found in the log.
@@ -25,6 +25,8 @@ pub struct RecoveredCut {
     pub tip: Tip,
     /// It stands there without payloads, and is applied at home already.
     pub header_only: bool,
+    /// What it changes at home; nothing if it is there already.
+    pub changes: Vec<Change>,
 }
 
 /// Why the scan went no further. All but `ScanStartLost` occur after ordinary crashes.
@@ -57,6 +59,20 @@ pub struct Recovered {
     pub cuts: Vec<RecoveredCut>,
     /// Why there are no more.
     pub stopped_at: RecoveryStop,
+}
+
+impl Recovered {
+    /// Voids every cut that was found: a primary's log holds none, unless a crash came between the promotion of a
+    /// rewind and the emptying of its log. Gives the checkpoint that must be durable before anything else is done.
+    pub fn void(&mut self, checkpoint: &Checkpoint) -> Option<Checkpoint> {
+        if self.cuts.is_empty() {
+            return None;
+        }
+        self.cuts.clear();
+        self.durable_tip = checkpoint.applied;
+        self.staged_tip = None;
+        Some(checkpoint.next(checkpoint.applied, self.log.reset()).discarding())
+    }
 }
 
 /// Why there was no recovery.
@@ -307,6 +323,7 @@ impl Scan {
             meta: cut.meta,
             tip: cut.tip,
             header_only: cut.header_only,
+            changes: if cut.header_only { Vec::new() } else { changes(&cut.records) },
         });
     }
 }

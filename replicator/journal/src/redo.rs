@@ -45,6 +45,8 @@ pub struct Cursor {
 impl Cursor {
     /// Where a new log starts, before any segment.
     pub const START: Self = Self { segment_number: 0, offset: 0 };
+    /// Behind everything.
+    pub const END: Self = Self { segment_number: u64::MAX, offset: u64::MAX };
 }
 
 /// Where a cut goes.

@@ -9,6 +9,7 @@ use crate::layout::{TipLayout, open_page, seal_page};
 use crate::{Cursor, PAGE_BYTES, PageError};
 
 const MAGIC: [u8; 8] = *b"FSSEGMNT";
+const VERSION: u16 = 1;
 
 /// Says which part of the redo log a segment file holds.
 ///
@@ -63,7 +64,7 @@ impl SegmentHeader {
             starts_after: self.starts_after.into(),
             first_chain: self.first_chain.0,
         };
-        seal_page(MAGIC, body.as_bytes())
+        seal_page(MAGIC, VERSION, body.as_bytes())
     }
 
     /// Verifies and reads a page.
@@ -71,7 +72,7 @@ impl SegmentHeader {
     /// # Errors
     /// If the page is torn, damaged, of another format, or contradicts itself.
     pub fn decode(page: &[u8]) -> Result<Self, PageError> {
-        let body: SegmentBody = open_page(MAGIC, page)?;
+        let body: SegmentBody = open_page(MAGIC, VERSION, page)?;
         if body.reserved != U32::ZERO {
             return Err(PageError::Reserved);
         }

@@ -24,6 +24,7 @@ impl World {
         files.push(VirtualFile::new(2 * PAGE_BYTES));
         files.extend((0..plan.redo.file_count()).map(|_| VirtualFile::new(plan.redo.segment_bytes())));
         files.push(VirtualFile::new(plan.spill_bytes));
+        files.extend(plan.volume_blocks.iter().map(|blocks| VirtualFile::new(BlockCount(*blocks).bytes().0)));
         let primary = site_id(0);
         Site {
             files,
@@ -57,6 +58,8 @@ impl World {
             heard_epoch: 0,
             start_given: 0,
             failover: None,
+            rewind: None,
+            drill: None,
             searching: false,
             forced_epoch: 0,
         }
@@ -161,10 +164,17 @@ impl World {
             file.sync(mark);
         }
         self.check_restarted(site);
-        let (redo, checkpoint) = self.recover(site);
+        let (mut redo, mut checkpoint) = self.recover(site);
         let volumes = self.plan.volume_blocks.len();
         let intents = (0..volumes).map(|volume| self.durable_intent(site, volume)).collect();
         let state = self.sites[site].state.clone();
+        if state.role == Role::Primary
+            && let Some(next) = redo.void(&checkpoint)
+        {
+            let (file, content) = (self.checkpoint_file(), super::disk::Content::Data(next.encode()));
+            self.sites[site].files[file].land_durable(next.slot() * PAGE_BYTES, content);
+            checkpoint = next;
+        }
         let clean = self.sites[site].clean.take().filter(|_| state.role == Role::Primary);
         let continues = clean.as_ref().is_some_and(|clean| clean.journal.is_some());
         self.statistics.continued += u64::from(continues);
@@ -216,6 +226,7 @@ impl World {
                 file.lose_power(&mut self.random);
             }
             self.oracle.acked[site].clear();
+            self.oracle.history[site].clear();
         }
         self.process_ended(site, if power { 3 * SECOND } else { 50 * MILLISECOND });
         self.sites[site].boot_due = true;
@@ -234,6 +245,7 @@ impl World {
         known.stopping = Stopping::No;
         known.timer_at = None;
         known.failover = None;
+        known.drill = None;
         known.searching = false;
         let process = known.process;
         let mine: Vec<(u64, usize)> = self

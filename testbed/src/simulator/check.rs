@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use block::Position;
 use daemon::group::Group;
-use journal::{Record, RecordKind};
+use journal::{Record, RecordKind, RecoveredCut};
 use protocol::{GroupState, Message, Role};
 
 use super::disk::VirtualFile;
@@ -14,20 +14,27 @@ use super::world::{Event, World, site_id};
 use super::{oracle, size};
 
 /// An image and the position that it claims to be.
-struct Exposed {
-    tip: Position,
-    hashes: Vec<u64>,
+pub(super) struct Exposed {
+    pub(super) tip: Position,
+    pub(super) hashes: Vec<u64>,
 }
 
 impl World {
     /// What a start from `files` would expose as the target's committed image.
     fn exposed(&self, files: &[VirtualFile]) -> Exposed {
+        self.exposed_at(files, None)
+    }
+
+    /// The same with only the committed cuts up to a position.
+    pub(super) fn exposed_at(&self, files: &[VirtualFile], at: Option<&Position>) -> Exposed {
         let (recovered, _) = self.recover_from(files);
         let volumes = self.plan.volume_blocks.len();
         let mut homes: Vec<Vec<u8>> =
             files.iter().take(volumes).map(|file| file.current().to_vec()).collect();
         let committed = recovered.cuts.iter().rposition(|cut| cut.meta.commit).map_or(0, |last| last + 1);
-        for cut in recovered.cuts.iter().take(committed).filter(|cut| !cut.header_only) {
+        let wanted =
+            |cut: &&RecoveredCut| !cut.header_only && at.is_none_or(|at| cut.tip.position.order(at).is_le());
+        for cut in recovered.cuts.iter().take(committed).filter(wanted) {
             let file = self.segment_file(cut.placement.file_index);
             let bytes = files[file].read(cut.placement.offset, cut.placement.length);
             if let Ok(decoded) = journal::decode(&bytes) {
@@ -38,7 +45,12 @@ impl World {
         Exposed { tip: recovered.durable_tip.position, hashes }
     }
 
-    fn has_image(&self, site: usize, tip: &Position) -> bool {
+    /// The blocks of a target's image as a start would expose it now.
+    pub(super) fn exposed_hashes(&self, site: usize) -> Vec<u64> {
+        self.exposed(&self.sites[site].files).hashes
+    }
+
+    pub(super) fn has_image(&self, site: usize, tip: &Position) -> bool {
         let state = &self.sites[site].state;
         state.role == Role::Secondary && state.consistent && (!state.diverged || tip.epoch == state.epoch)
     }
@@ -52,7 +64,7 @@ impl World {
         self.compare_image(site, lineage, sequence, &image.hashes, when);
     }
 
-    fn compare_image(
+    pub(super) fn compare_image(
         &mut self,
         site: usize,
         lineage: oracle::LineageKey,
@@ -218,9 +230,10 @@ impl World {
     ) {
         self.statistics.images += 1;
         self.compare_image(site, oracle::key(fork), fork.sequence.0, home, "promotion");
-        let oldest = self.oracle.oldest_missing(1 - site, fork, ordered_at);
+        let oldest = self.oracle.oldest_lost(1 - site, fork, ordered_at);
         // What is not in the fork is lost, or an orphan of the other side.
         self.oracle.acked[1 - site].clear();
+        self.oracle.history[1 - site].clear();
         let (Some(loss), Some(oldest)) = (loss, oldest) else { return };
         let truth = Duration::from_nanos(ordered_at - oldest);
         if loss < truth {
@@ -251,6 +264,9 @@ impl World {
         for site in 0..2 {
             self.check_answers(site);
             self.check_rpo(site);
+            if self.random.chance(60) {
+                self.check_window(site);
+            }
             self.check_alert(site);
             self.check_verify(site);
             self.check_orphans(site);

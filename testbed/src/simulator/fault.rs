@@ -129,6 +129,8 @@ impl World {
             Fault::StartMirror => self.order_start(),
             Fault::Failover => self.order_failover(false),
             Fault::FailoverDead => self.order_failover(true),
+            Fault::Rewind => self.order_rewind(),
+            Fault::Drill => self.order_drill(),
             Fault::Switch => self.verb("switch", |group| group.switch().is_ok()),
             Fault::Orphans => self.order_orphans(),
             Fault::HomeErrors => self.errors(Zone::HomeWrite, 30),
@@ -208,19 +210,12 @@ impl World {
         let Some(site) = self.site_in(Role::Secondary).filter(|site| !self.is_stopping(*site)) else {
             return;
         };
-        let Some(report) = self.enter(site).and_then(|group| group.loss().ok()) else { return };
-        if primary_dies {
-            let boot_after = SECOND * self.random.below(6) + MILLISECOND;
-            let power = self.random.chance(500);
-            self.crash(1 - site, power, boot_after);
-        } else {
-            let lasts = self.random.below(3 * SECOND);
-            self.cut_link(lasts);
-        }
+        let Some(report) = self.enter(site).and_then(|group| group.loss(None).ok()) else { return };
+        self.part_sites(site, primary_dies);
         if self.may_both_promote(site) {
             return self.pump(site);
         }
-        let done = self.enter(site).is_some_and(|group| group.failover().is_ok());
+        let done = self.enter(site).is_some_and(|group| group.failover(None).is_ok());
         self.tell(|| format!("an operator orders failover at site {site}: {done}, {report:?}"));
         if done {
             self.statistics.promotions += 1;
@@ -230,9 +225,21 @@ impl World {
         self.pump(site);
     }
 
+    /// The primary dies, or the link to it.
+    pub(super) fn part_sites(&mut self, secondary: usize, primary_dies: bool) {
+        if primary_dies {
+            let boot_after = SECOND * self.random.below(6) + MILLISECOND;
+            let power = self.random.chance(500);
+            self.crash(1 - secondary, power, boot_after);
+        } else {
+            let lasts = self.random.below(3 * SECOND);
+            self.cut_link(lasts);
+        }
+    }
+
     /// The partner may be promoting itself into the same epoch: an operator who forces a failover now makes a fork, which
     /// is not this model's.
-    fn may_both_promote(&self, site: usize) -> bool {
+    pub(super) fn may_both_promote(&self, site: usize) -> bool {
         let (ours, other) = (&self.sites[site], &self.sites[1 - site]);
         let snapshot = other.group.as_ref().and_then(daemon::group::Group::mirror_snapshot);
         let changing =

@@ -41,6 +41,9 @@ impl World {
         let pause = if self.random.chance(5) { self.random.below(2 * SECOND) } else { 0 };
         self.after(wait + pause, Event::Host);
         for site in 0..2 {
+            if self.sites[site].drill.is_some() {
+                self.drill_turn(site);
+            }
             if !self.sites[site].presented || !self.sites[site].is_up() || self.is_stopping(site) {
                 continue;
             }

@@ -20,6 +20,7 @@
 mod boot;
 mod check;
 mod disk;
+mod drill;
 mod fault;
 mod host;
 mod network;
@@ -28,6 +29,9 @@ mod orphans;
 mod perform;
 mod plan;
 mod pressure;
+mod rewind;
+#[cfg(test)]
+mod rewinding;
 mod site;
 #[cfg(test)]
 mod switching;
@@ -64,6 +68,10 @@ pub struct Statistics {
     pub boots: u64,
     /// Promotions.
     pub promotions: u64,
+    /// Promotions to a point of the retention window.
+    pub rewinds: u64,
+    /// Drills begun.
+    pub drills: u64,
     /// Roles that a planned switch moved.
     pub switches: u64,
     /// Searches for orphaned writes that came to an end.
@@ -88,6 +96,8 @@ impl Statistics {
         self.cuts += other.cuts;
         self.boots += other.boots;
         self.promotions += other.promotions;
+        self.rewinds += other.rewinds;
+        self.drills += other.drills;
         self.switches += other.switches;
         self.searches += other.searches;
         self.staged += other.staged;

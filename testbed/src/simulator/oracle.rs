@@ -49,6 +49,12 @@ pub(super) struct Oracle {
     pub(super) forked_epoch: Option<u64>,
     /// Acknowledged writes by site that may not be at the other one.
     pub(super) acked: [VecDeque<Acked>; 2],
+    /// All writes acknowledged in this epoch, also those at the other site: a rewind may lose them.
+    pub(super) history: [Vec<Acked>; 2],
+    /// Epochs that began with a rewind.
+    pub(super) rewound: std::collections::BTreeSet<u64>,
+    /// When each write was issued.
+    issued_at: BTreeMap<(LineageKey, u64), u64>,
 }
 
 impl Oracle {
@@ -93,6 +99,22 @@ impl Oracle {
             let version = Version { sequence, hash, doubtful: false };
             lineage.versions.entry(block).or_default().push(version);
         }
+    }
+
+    /// Notes when a write was issued.
+    pub(super) fn issued_at(&mut self, lineage: LineageKey, sequence: u64, at: u64) {
+        self.issued_at.entry((lineage, sequence)).or_insert(at);
+    }
+
+    /// When the last write up to `sequence` was issued.
+    pub(super) fn newest_in(&self, lineage: LineageKey, sequence: u64) -> Option<u64> {
+        self.issued_at.range((lineage, 0)..=(lineage, sequence)).map(|(_, at)| *at).max()
+    }
+
+    /// When the oldest acknowledged write of `site` that a fork at `position` loses was acknowledged.
+    pub(super) fn oldest_lost(&self, site: usize, position: &Position, before: u64) -> Option<u64> {
+        let lost = self.history[site].iter().filter(|acked| acked.at <= before && !includes(position, acked));
+        lost.map(|acked| acked.at).min()
     }
 
     /// A write failed; the block's home content is `hash` now.

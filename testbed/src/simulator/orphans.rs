@@ -38,7 +38,9 @@ impl World {
             let expected = || self.oracle.describe(lineage, block);
             // Zeros, say, that the new primary's host wrote too.
             let equal = self.oracle.had_after(lineage.0, block, *hash);
-            if orphan && listed.is_none() && !known_bad && !equal {
+            // What it had acknowledged to the target before a rewind its intent map need not name any more.
+            let discarded = self.oracle.rewound.contains(&state.epoch.0);
+            if orphan && listed.is_none() && !known_bad && !equal && !discarded {
                 let text =
                     format!("site {site}: orphaned block {block} is not listed; fork {fork}, {}", expected());
                 return self.fail(text);

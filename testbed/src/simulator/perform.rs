@@ -61,6 +61,8 @@ impl World {
             Effect::Send { session, frame } => self.send_control(site, session, frame),
             Effect::SendCut { session, chunks } => self.send_cut(site, session, &chunks),
             Effect::CloseSession { session, reason } => self.close(site, session, &reason),
+            Effect::DrillDone { request, result } => self.drill_done(site, request, result),
+            Effect::DrillEnded { reason } => self.drill_ended(site, &reason),
             Effect::Present => {
                 self.tell(|| format!("site {site} presents its volumes"));
                 self.sites[site].presented = true;
@@ -152,6 +154,7 @@ impl World {
             self.oracle.issued(lineage, sequence.0, first + block, hash);
             self.note_planted_write(first + block);
         }
+        self.oracle.issued_at(lineage, sequence.0, self.now);
         self.sites[site].steps.insert((volume, step), Step { lineage, sequence: sequence.0, range });
         self.attribute(site, volume, step, (lineage, sequence.0, range));
         let operation = Operation::Write { file, offset: range.offset(), content, durable };
@@ -190,7 +193,8 @@ impl World {
         let answer = Answer::Io(io);
         match request {
             IoRequest::HomeRead { volume, range } => {
-                if self.sites[site].state.role == Role::Primary {
+                // What a fenced partner asks for its orphans is neither copy nor comparison.
+                if self.sites[site].state.role == Role::Primary && !self.sites[1 - site].searching {
                     self.check_rate(site, true, range.length());
                 }
                 return self.read(site, usize::from(volume.0), range, answer);
@@ -198,6 +202,10 @@ impl World {
             IoRequest::RedoRead { file, offset, length } => {
                 let file = self.segment_file(file);
                 let range = ByteRange::new(offset, length).unwrap_or_default();
+                return self.read(site, file, range, answer);
+            }
+            IoRequest::ScratchRead { volume, range } => {
+                let file = self.scratch_file(usize::from(volume.0));
                 return self.read(site, file, range, answer);
             }
             IoRequest::SpillRead { offset, length } => {
@@ -215,12 +223,19 @@ impl World {
             | IoRequest::IntentWrite { .. }
             | IoRequest::RedoWrite { .. }
             | IoRequest::RedoSync { .. }
+            | IoRequest::ScratchWrite { .. }
             | IoRequest::SpillSync
             | IoRequest::CheckpointWrite { .. } => {}
         }
         let write = |file, offset, content, durable| Operation::Write { file, offset, content, durable };
         let operation = match request {
-            IoRequest::HomeRead { .. } | IoRequest::RedoRead { .. } | IoRequest::SpillRead { .. } => return,
+            IoRequest::HomeRead { .. }
+            | IoRequest::RedoRead { .. }
+            | IoRequest::ScratchRead { .. }
+            | IoRequest::SpillRead { .. } => return,
+            IoRequest::ScratchWrite { volume, offset, data } => {
+                write(self.scratch_file(usize::from(volume.0)), offset, Content::Data(data), false)
+            }
             IoRequest::SpillWrite { offset, data } => {
                 write(self.spill_file(), offset, Content::Data(Bytes::from(data.concat())), false)
             }
@@ -396,6 +411,7 @@ impl World {
         let at = self.now;
         for (lineage, sequence, _) in known.writes {
             self.oracle.acked[site].push_back(oracle::Acked { lineage, sequence, at });
+            self.oracle.history[site].push(oracle::Acked { lineage, sequence, at });
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use daemon::group::MirrorPolicy;
+use daemon::group::{MirrorPolicy, Retention};
 use journal::{PAGE_BYTES, RedoConfig, RingBudget};
 
 use super::pressure;
@@ -27,6 +27,8 @@ pub(super) enum Fault {
     StartMirror,
     Failover,
     FailoverDead,
+    Rewind,
+    Drill,
     Switch,
     Orphans,
     HomeErrors,
@@ -59,6 +61,8 @@ impl Fault {
         Self::StartMirror,
         Self::Failover,
         Self::FailoverDead,
+        Self::Rewind,
+        Self::Drill,
         Self::Switch,
         Self::Orphans,
         Self::HomeErrors,
@@ -90,6 +94,7 @@ pub(super) struct Plan {
     pub(super) cut_interval: Duration,
     pub(super) start_grace: Duration,
     pub(super) redo: RedoConfig,
+    pub(super) retention: Retention,
     /// Blocks of the longest write.
     pub(super) write_blocks_max: u64,
     pub(super) faults: Vec<Fault>,
@@ -141,6 +146,17 @@ impl Plan {
         if random.chance(100) {
             faults.clear();
         }
+        let retention = Retention {
+            window: Duration::from_millis([0, 0, 100, 1500, 6000][random.index(5)]),
+            failover_within: Duration::from_millis([1, 1000, 100_000][random.index(3)]),
+        };
+        // A window is there to go back in.
+        if retention.window > Duration::ZERO && !faults.is_empty() && random.chance(600) {
+            faults.push(Fault::Rewind);
+        }
+        if !faults.is_empty() && random.chance(400) {
+            faults.push(Fault::Drill);
+        }
         Self {
             volume_blocks,
             region_bytes,
@@ -151,6 +167,7 @@ impl Plan {
             cut_interval: Duration::from_millis([1, 10, 50][random.index(3)]),
             start_grace: Duration::from_millis([100, 2000, 30_000][random.index(3)]),
             redo: RedoConfig::new(files, segment).unwrap_or_else(|error| unreachable!("{error}")),
+            retention,
             write_blocks_max,
             faults,
             fault_interval: MILLISECOND * [50, 300, 1000, 3000][random.index(4)],

@@ -9,6 +9,7 @@ use engine::{CommandId, StepId};
 use protocol::GroupState;
 
 use super::disk::{Content, VirtualFile};
+use super::drill::DrillModel;
 use super::oracle::LineageKey;
 use super::pressure::Owed;
 
@@ -129,6 +130,9 @@ pub(super) struct Site {
     pub(super) start_given: u64,
     /// A forced failover waits for its fork: when it was ordered and which loss was reported.
     pub(super) failover: Option<(u64, Option<std::time::Duration>)>,
+    /// A rewind was ordered, and to which point: its target may hold less than it acknowledged.
+    pub(super) rewind: Option<Position>,
+    pub(super) drill: Option<DrillModel>,
     /// A search for orphans was ordered, and its outcome is not checked.
     pub(super) searching: bool,
     /// The newest epoch that a forced failover here may have begun.

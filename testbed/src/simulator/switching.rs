@@ -60,7 +60,7 @@ fn disturb(world: &mut World, disturbance: Disturbance) {
             world.after(later, Event::LinkUp);
         }
         Disturbance::FailoverNew => {
-            let done = world.enter(1).is_some_and(|group| group.failover().is_ok());
+            let done = world.enter(1).is_some_and(|group| group.failover(None).is_ok());
             if done {
                 world.sites[1].forced_epoch = world.sites[1].state.epoch.0 + 1;
             }
@@ -178,7 +178,7 @@ fn make_fork(world: &mut World) {
     for site in 0..2 {
         run_until(world, "a promotion", |world| {
             world.sites[site].forced_epoch = 2;
-            let begun = world.enter(site).is_some_and(|group| group.failover().is_ok());
+            let begun = world.enter(site).is_some_and(|group| group.failover(None).is_ok());
             world.pump(site);
             begun
         });

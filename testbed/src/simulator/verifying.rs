@@ -78,14 +78,24 @@ impl World {
         };
         self.planted.at_primary = self.random.chance(400);
         let site = if self.planted.at_primary { primary } else { secondary };
-        for _ in 0..=self.random.below(3) {
+        let wanted = 1 + self.random.below(3);
+        for _ in 0..4 * wanted {
+            if super::wide(self.planted.blocks.len()) >= wanted {
+                break;
+            }
             let volume = self.random.index(self.plan.volume_blocks.len());
             let index = self.random.below(self.plan.volume_blocks[volume]);
             let byte = index * 4096 + self.random.below(4096);
             let block = self.first_block(volume) + size(index);
             if !self.bad.contains(&block) && self.planted.blocks.insert(block) {
-                self.planted.ever.insert(block);
                 self.sites[site].files[volume].corrupt(byte);
+                if !self.planted.at_primary && !self.is_exposed(site, block, primary) {
+                    // Redo lies over it and will mend it.
+                    self.sites[site].files[volume].corrupt(byte);
+                    self.planted.blocks.remove(&block);
+                    continue;
+                }
+                self.planted.ever.insert(block);
                 self.tell(|| {
                     format!("byte {byte} of volume {volume}, block {block}, turns over at site {site}")
                 });
@@ -97,6 +107,11 @@ impl World {
             self.load_again_until = self.now + self.random.below(2 * SECOND);
             self.after(0, Event::Host);
         }
+    }
+
+    /// The target's image differs from the primary's in a block: no redo lies over what was corrupted there.
+    fn is_exposed(&self, site: usize, block: usize, primary: usize) -> bool {
+        self.exposed_hashes(site)[block] != self.home_hashes(primary)[block]
     }
 
     /// In the calm, until what was planted is repaired.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use block::{IopsLimit, MirrorId, Monotonic, SiteId, VolumeId, WallTime};
-use daemon::group::{Group, GroupVolume, MirrorSettings, SessionId};
+use daemon::group::{Group, GroupVolume, MirrorSettings, Retention, SessionId};
 use protocol::Message;
 
 use super::fault::Errors;
@@ -151,6 +151,12 @@ impl World {
             region_bytes: self.plan.region_bytes,
             intent_budget_regions: self.plan.intent_budget_regions,
             start_grace: self.plan.start_grace,
+            // An operator changes the setting between two starts now and then.
+            retention: if self.sites[site].process % 5 == 4 {
+                Retention::default()
+            } else {
+                self.plan.retention
+            },
             policy: self.sites[site].policy,
         }
     }
@@ -296,9 +302,11 @@ impl World {
         {
             self.check_switch(site, &fork, &base);
         }
+        self.check_fork(site, &fork);
         if !self.oracle.knows_epoch(lineage.0) {
             // What the new epoch does not contain is lost, or an orphan.
             self.oracle.acked.iter_mut().for_each(std::collections::VecDeque::clear);
+            self.oracle.history.iter_mut().for_each(Vec::clear);
         }
         self.tell(|| format!("site {site} begins lineage {lineage:?}"));
         if let Err(text) = self.oracle.begin(lineage, site, base) {

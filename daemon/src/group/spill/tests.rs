@@ -32,6 +32,7 @@ fn settings(spill_bytes: u64) -> MirrorSettings {
         region_bytes: 1 << 16,
         intent_budget_regions: 100,
         start_grace: Duration::ZERO,
+        retention: crate::group::Retention::default(),
         policy: MirrorPolicy {
             rpo_budget: Duration::from_secs(900),
             overload: Overload::Bitmap,
