@@ -223,7 +223,7 @@ impl Secondary {
     /// Takes the next cuts that may go home: the limit first, then what is not in memory, then the writes.
     fn apply_ready(&mut self, settings: &MirrorSettings, now: Monotonic, out: &mut Outbox) -> bool {
         let ready = self.ready(settings, now, MERGE_BYTES_MAX);
-        if ready == 0 {
+        if ready == 0 && !self.is_unlimited() {
             return false;
         }
         if let Some(limit) = self.wanted_limit(settings, now) {

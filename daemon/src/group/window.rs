@@ -231,6 +231,9 @@ impl Secondary {
     /// present one allows it.
     pub(super) fn wanted_limit(&self, settings: &MirrorSettings, now: Monotonic) -> Option<Cursor> {
         let limit = self.checkpoint.limit;
+        if self.is_unlimited() {
+            return Some(self.limit_ahead(settings, now));
+        }
         let front = self.queue.front()?;
         let beyond = front.placement.end() > limit;
         match self.hold {
@@ -239,9 +242,13 @@ impl Secondary {
                 let through = self.queue.iter().take_while(|item| item.number <= last).last();
                 beyond.then(|| through.map_or(Cursor::END, |item| item.placement.end()))
             }
-            // A limit that says nothing is made one that does.
-            Hold::Window => (beyond || limit == Cursor::END).then(|| self.limit_ahead(settings, now)),
+            Hold::Window => beyond.then(|| self.limit_ahead(settings, now)),
         }
+    }
+
+    /// The limit says nothing although a window is to be kept: a crash now would leave none, so it is written at once.
+    pub(super) fn is_unlimited(&self) -> bool {
+        self.hold == Hold::Window && self.checkpoint.limit == Cursor::END
     }
 
     /// The end of the cuts that will be applied soon.

@@ -56,7 +56,8 @@ fn play(seed: u64, disturbance: Option<(Disturbance, u64)>) -> Result<Played, St
         world.now = at;
         match &mut ordered {
             None if at > 3 * SECOND => {
-                if order(&mut world) {
+                let done = order(&mut world);
+                if done {
                     ordered = Some(0);
                     world.plan.load_end = at + 1500 * MILLISECOND;
                 }
