@@ -53,6 +53,11 @@ impl World {
         extents.iter().flat_map(of).collect()
     }
 
+    /// Home was corrupted once: images from before the repair show it.
+    pub(super) fn was_planted(&self) -> bool {
+        !self.planted.ever.is_empty()
+    }
+
     /// Hosts write this block.
     pub(super) fn note_planted_write(&mut self, block: usize) {
         if self.planted.blocks.contains(&block) {
@@ -65,7 +70,10 @@ impl World {
         if !self.plan.plant || self.planted.done {
             return true;
         }
-        if self.planted.blocks.is_empty() {
+        // One that runs may have its own word on whose blocks are right.
+        let runs = (0..2).filter_map(|site| self.sites[site].group.as_ref()?.verify_report());
+        let idle = runs.into_iter().all(|report| report.progress != VerifyProgress::Running);
+        if self.planted.blocks.is_empty() && idle {
             self.plant();
         }
         false
