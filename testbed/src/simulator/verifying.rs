@@ -70,6 +70,12 @@ impl World {
         if !self.plan.plant || self.planted.done {
             return true;
         }
+        // A drill shows the home below it, as it is.
+        let drills =
+            (0..2).filter_map(|site| self.sites[site].group.as_ref()?.mirror_snapshot()?.drill).count();
+        if self.planted.blocks.is_empty() && drills > 0 {
+            return true;
+        }
         // One that runs may have its own word on whose blocks are right.
         let runs = (0..2).filter_map(|site| self.sites[site].group.as_ref()?.verify_report());
         let idle = runs.into_iter().all(|report| report.progress != VerifyProgress::Running);
