@@ -92,6 +92,38 @@ fn paced_hosts_get_the_lowered_limit_and_then_their_own_again() -> Result<()> {
 }
 
 #[test]
+fn a_mirror_keeps_its_bandwidth_and_a_copy_its_rate() -> Result<()> {
+    World::run(|world| {
+        let pair = Pair::start(world)?;
+        pair.west.run("volume create data --size 24MiB --iops unlimited")?;
+        let mut client = NbdClient::connect(&pair.west.export("data"))?;
+        for mebibyte in 0..24 {
+            client.write(mebibyte << 20, &vec![7; 1 << 20])?;
+        }
+        // The copy of 24 MiB at 8 MiB/s takes three seconds.
+        let started = Instant::now();
+        pair.west.run("mirror create mirror --partner east --volumes data --resync-rate 8MiB/s")?;
+        pair.west.wait_caught_up()?;
+        let copied = started.elapsed().as_secs_f64();
+        ensure!((2.7..12.0).contains(&copied), "24 MiB at 8 MiB/s took {copied} s");
+        let view = pair.west.json("mirror set mirror --resync-rate unlimited --bandwidth 4MiB/s")?;
+        ensure!(view["resync_rate"] == "unlimited" && view["bandwidth"] == 4 << 20, "{view:#}");
+        let started = Instant::now();
+        for mebibyte in 0..12 {
+            client.write(mebibyte << 20, &vec![8; 1 << 20])?;
+        }
+        // Hosts are not held to it.
+        let written = started.elapsed();
+        pair.west.wait_caught_up()?;
+        let sent = started.elapsed().as_secs_f64();
+        ensure!((2.6..9.0).contains(&sent), "12 MiB at 4 MiB/s took {sent} s");
+        ensure!(written.as_secs_f64() < sent, "{written:?} of {sent} s");
+        client.disconnect()?;
+        pair.check_equal("data")
+    })
+}
+
+#[test]
 fn under_stop_writes_wait_for_the_partner_and_are_refused_when_it_stays_away() -> Result<()> {
     World::run(|world| {
         let mut pair = mirrored(world, "--iops unlimited", "--rpo 2s")?;

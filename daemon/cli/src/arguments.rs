@@ -8,8 +8,8 @@ use std::time::Duration;
 use block::{ByteCount, VolumeName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{
-    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, RecoveryTarget, Side,
-    TlsRule, UnknownState, VolumeAccessChange, VolumeCreate,
+    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Rate, RecoveryTarget,
+    Side, TlsRule, UnknownState, VolumeAccessChange, VolumeCreate,
 };
 
 /// Where a daemon started with `--config` listens if its settings do not say otherwise.
@@ -205,6 +205,14 @@ pub(crate) enum MirrorCommand {
     },
     /// Change what the mirror is to do, at this site, while it runs.
     Set(MirrorSetArguments),
+    /// Compare the partner's image with this primary's, in the order of writes, while hosts write; wait for the report.
+    Verify {
+        /// The mirror's name.
+        name: VolumeName,
+        /// Overwrite what differs with the blocks of this side.
+        #[arg(long, value_enum, value_name = "local|partner")]
+        repair_from: Option<SideWord>,
+    },
     /// Stop copying; the partner keeps its image.
     Stop {
         /// The mirror's name.
@@ -300,6 +308,12 @@ pub(crate) struct MirrorCreateArguments {
     /// What gives way when the partner cannot keep up.
     #[arg(long, value_enum, default_value_t = OverloadWord::Bitmap)]
     pub(crate) overload: OverloadWord,
+    /// The most that is sent, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited", default_value_t)]
+    pub(crate) bandwidth: Rate,
+    /// The most that copies and comparisons read, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited", default_value_t)]
+    pub(crate) resync_rate: Rate,
 }
 
 #[derive(Debug, Args)]
@@ -313,6 +327,12 @@ pub(crate) struct MirrorSetArguments {
     /// stop their writes.
     #[arg(long, value_enum)]
     pub(crate) overload: Option<OverloadWord>,
+    /// The most that is sent, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited")]
+    pub(crate) bandwidth: Option<Rate>,
+    /// The most that copies and comparisons read, as in 50MB/s.
+    #[arg(long, value_name = "RATE|unlimited")]
+    pub(crate) resync_rate: Option<Rate>,
 }
 
 /// What `mirror wait` waits for.

@@ -8,7 +8,7 @@ use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
     CERTIFICATE_BYTES_MAX, Call, DrillStart, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart,
-    OrphansRequest, PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
+    MirrorVerify, OrphansRequest, PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -134,6 +134,12 @@ impl Session {
                 let name = arguments.name.clone();
                 self.ask(&Call::mirror_set(&name, mirror_set(&arguments)), views::mirror).await
             }
+            MirrorCommand::Verify { name, repair_from } => {
+                let verify = MirrorVerify { repair_from: repair_from.map(Into::into) };
+                let report = crate::verify::verify(&self.client, &name, verify).await?;
+                self.print(&report, views::verify)?;
+                crate::verify::judge(&name, &report)
+            }
             MirrorCommand::Stop { name } => self.ask(&Call::mirror_stop(&name), views::mirror).await,
             MirrorCommand::Start { name, primary } => {
                 let start = MirrorStart { primary: primary.map(Into::into) };
@@ -204,11 +210,18 @@ fn mirror_create(arguments: MirrorCreateArguments) -> MirrorCreate {
         mode: arguments.mode.into(),
         rpo_seconds: arguments.rpo,
         overload: arguments.overload.into(),
+        bandwidth: arguments.bandwidth,
+        resync_rate: arguments.resync_rate,
     }
 }
 
 fn mirror_set(arguments: &MirrorSetArguments) -> MirrorSet {
-    MirrorSet { rpo_seconds: arguments.rpo, overload: arguments.overload.map(Into::into) }
+    MirrorSet {
+        rpo_seconds: arguments.rpo,
+        overload: arguments.overload.map(Into::into),
+        bandwidth: arguments.bandwidth,
+        resync_rate: arguments.resync_rate,
+    }
 }
 
 /// The path as the daemon can use it, whose working directory is another.

@@ -8,6 +8,7 @@ mod client;
 mod commands;
 mod output;
 mod table;
+mod verify;
 mod views;
 mod wait;
 

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    FailoverResult, HostAccess, HostWrites, MirrorView, OrphansView, PartnerView, StatusView, VolumeAccess,
-    VolumeView,
+    FailoverResult, HostAccess, HostWrites, MirrorView, OrphansView, PartnerView, StatusView, VerifyView,
+    VolumeAccess, VolumeView,
 };
 
 use crate::table::Table;
@@ -135,6 +135,9 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
         ("resync", resync),
         ("orphaned", (view.orphaned_bytes > 0).then(|| format!("{} bytes", view.orphaned_bytes))),
         ("overload", Some(overload(view))),
+        ("bandwidth", Some(view.bandwidth.to_string())),
+        ("resync rate", Some(view.resync_rate.to_string())),
+        ("verify", view.verify.as_ref().map(verify_line)),
         (
             "memory",
             Some(format!(
@@ -144,6 +147,27 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
         ),
         ("spill", Some(format!("{} of {} bytes", view.memory.spill_bytes, view.memory.spill_bytes_max))),
     ])
+}
+
+/// What a verify found, a property a line, then the extents.
+pub(crate) fn verify(view: &VerifyView) -> String {
+    let bytes = |count: u64| (count > 0).then(|| format!("{count} bytes"));
+    let mut text = Table::properties(vec![
+        ("verify", Some(view.state.to_string())),
+        ("reason", view.reason.clone()),
+        ("compared", Some(format!("{} of {} bytes", view.compared_bytes, view.total_bytes))),
+        ("differing", Some(format!("{} bytes", view.differing_bytes))),
+        ("repaired", bytes(view.repaired_bytes)),
+        ("unreadable", bytes(view.unreadable_bytes)),
+        ("written meanwhile", bytes(view.busy_bytes)),
+    ]);
+    for extent in &view.extents {
+        text.push_str(&format!(
+            "{} bytes at {} of volume '{}' differed\n",
+            extent.length, extent.offset, extent.volume
+        ));
+    }
+    text
 }
 
 /// Mirrors, one a line.
@@ -215,6 +239,11 @@ pub(crate) fn status(view: &StatusView) -> String {
         text.push_str(&format!("warning: {warning}\n"));
     }
     text
+}
+
+fn verify_line(view: &VerifyView) -> String {
+    let VerifyView { state, compared_bytes, total_bytes, differing_bytes, .. } = view;
+    format!("{state}, {compared_bytes} of {total_bytes} bytes compared, {differing_bytes} differ")
 }
 
 fn budget(view: &MirrorView) -> String {

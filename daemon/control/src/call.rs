@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{
     CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart,
-    MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, StatusView,
+    MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, StatusView,
     VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
@@ -177,6 +177,11 @@ impl Call<MirrorView> {
     /// Changes what a mirror is to do while it runs.
     pub fn mirror_set(name: &VolumeName, set: MirrorSet) -> Self {
         Self::post(format!("/v1/mirrors/{name}/set"), &set)
+    }
+
+    /// Begins to compare the target's image with this primary's; the view tells how far it is.
+    pub fn mirror_verify(name: &VolumeName, verify: MirrorVerify) -> Self {
+        Self::post(format!("/v1/mirrors/{name}/verify"), &verify)
     }
 
     /// Stops a mirror.

@@ -15,6 +15,7 @@ mod problem;
 mod recovery;
 mod status;
 mod time;
+mod verify;
 mod volume;
 
 pub use access::{
@@ -29,11 +30,12 @@ pub use mirror::{
     Role, Side, UnknownState,
 };
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
-pub use policy::{HostWrites, MirrorSet, PressureView};
+pub use policy::{HostWrites, MirrorSet, PressureView, Rate, RateError};
 pub use problem::{Problem, ProblemKind};
 pub use recovery::{DrillStart, DrillView, RecoveryTarget, RecoveryTargetError, WindowView};
 pub use status::{Counts, StatusView};
 pub use time::{Timestamp, TimestampError};
+pub use verify::{Extent, MirrorVerify, VerifyState, VerifyView};
 pub use volume::{Cache, Iops, IopsError, VolumeCreate, VolumeResize, VolumeState, VolumeView};
 
 /// The longest request body that the daemon reads, in bytes: the largest is a partner's certificate.

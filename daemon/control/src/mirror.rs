@@ -7,7 +7,7 @@ use std::str::FromStr;
 use block::{Position, VolumeName};
 use serde::{Deserialize, Serialize};
 
-use crate::{DrillView, PressureView, RecoveryTarget, Timestamp, WindowView};
+use crate::{DrillView, PressureView, Rate, RecoveryTarget, Timestamp, VerifyView, WindowView};
 
 /// Gives an enum its words, the same in JSON, on the command line and in tables.
 macro_rules! words {
@@ -175,6 +175,12 @@ pub struct MirrorCreate {
     /// The policy on overload.
     #[serde(default)]
     pub overload: Overload,
+    /// The most that is sent.
+    #[serde(default)]
+    pub bandwidth: Rate,
+    /// The most that copies and comparisons read.
+    #[serde(default)]
+    pub resync_rate: Rate,
 }
 
 /// Body of `POST /v1/mirrors/NAME/start`.
@@ -327,6 +333,16 @@ pub struct MirrorView {
     /// What the RPO alert and that policy do now: `rpo_alert_percent`, `limit_lowered_percent`, `host_writes`.
     #[serde(flatten)]
     pub pressure: PressureView,
+    /// The most that this site sends, in bytes a second.
+    #[serde(default)]
+    pub bandwidth: Rate,
+    /// The most that copies and comparisons read here, in bytes a second.
+    #[serde(default)]
+    pub resync_rate: Rate,
+    /// The verify that runs, or the last one since the daemon started; null if there was none, or this is not the
+    /// primary.
+    #[serde(default)]
+    pub verify: Option<VerifyView>,
     /// What it holds in memory.
     pub memory: MirrorMemory,
     /// The retention window; null at a primary, and without an image.

@@ -80,6 +80,13 @@ impl Limiter {
         }
     }
 
+    /// Takes tokens without asking, right after a granted [`Self::try_take`] at the same time: later calls wait for them.
+    pub fn owe(&mut self, cost: u32) {
+        if let Some(bucket) = &self.bucket {
+            bucket.level.lower(u64::from(cost) * u64::from(SCALE), bucket.cell_ticks);
+        }
+    }
+
     /// Changes the limit. The tokens in the bucket, or the debt, stay as they are.
     pub fn set_limit(&mut self, limit: IopsLimit, now: Monotonic) {
         let before = self.bucket.take();

@@ -5,8 +5,8 @@ use std::future::Future;
 use block::VolumeName;
 use control::{
     CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart,
-    MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, ProblemKind, StatusView,
-    VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
+    MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, ProblemKind,
+    StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -84,6 +84,12 @@ pub trait Operations: Send + Sync + 'static {
         &self,
         name: VolumeName,
         set: MirrorSet,
+    ) -> impl Future<Output = Outcome<MirrorView>> + Send;
+    /// Begins to compare the target's image with this primary's.
+    fn mirror_verify(
+        &self,
+        name: VolumeName,
+        verify: MirrorVerify,
     ) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// Stops a mirror.
     fn mirror_stop(&self, name: VolumeName) -> impl Future<Output = Outcome<MirrorView>> + Send;

@@ -27,6 +27,7 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/mirrors", get(mirror_list::<O>).post(mirror_create::<O>))
         .route("/v1/mirrors/{name}", get(mirror_show::<O>).delete(mirror_delete::<O>))
         .route("/v1/mirrors/{name}/set", post(mirror_set::<O>))
+        .route("/v1/mirrors/{name}/verify", post(mirror_verify::<O>))
         .route("/v1/mirrors/{name}/stop", post(mirror_stop::<O>))
         .route("/v1/mirrors/{name}/start", post(mirror_start::<O>))
         .route("/v1/mirrors/{name}/switch", post(mirror_switch::<O>))
@@ -77,6 +78,7 @@ macro_rules! handlers {
     (@type Body volume_access_change) => { Body<control::VolumeAccessChange> };
     (@type Body partner_add) => { Body<control::PartnerAdd> };
     (@type Body mirror_set) => { Body<control::MirrorSet> };
+    (@type Body mirror_verify) => { Body<control::MirrorVerify> };
     (@type Body mirror_start) => { Body<control::MirrorStart> };
     (@type Body mirror_drill_start) => { Body<control::DrillStart> };
     (@type Body mirror_orphans) => { Body<control::OrphansRequest> };
@@ -98,6 +100,7 @@ handlers! {
     mirror_list() -> OK;
     mirror_show(Name name) -> OK;
     mirror_set(Name name, Body set) -> OK;
+    mirror_verify(Name name, Body verify) -> ACCEPTED;
     mirror_stop(Name name) -> OK;
     mirror_start(Name name, Body start) -> OK;
     mirror_drill_start(Name name, Body drill) -> OK;

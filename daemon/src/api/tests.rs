@@ -88,6 +88,9 @@ fn mirror(name: VolumeName) -> MirrorView {
         orphaned_bytes: 0,
         overload: Overload::Bitmap,
         pressure: control::PressureView::default(),
+        bandwidth: control::Rate::default(),
+        resync_rate: control::Rate::default(),
+        verify: None,
         memory: control::MirrorMemory::default(),
         window: None,
         drill: None,
@@ -187,6 +190,15 @@ impl Operations for Fake {
 
     async fn mirror_set(&self, name: VolumeName, set: MirrorSet) -> Result<MirrorView, OperationError> {
         self.note(format!("mirror set {:?}", set.overload), Some(&name))?;
+        Ok(mirror(name))
+    }
+
+    async fn mirror_verify(
+        &self,
+        name: VolumeName,
+        verify: control::MirrorVerify,
+    ) -> Result<MirrorView, OperationError> {
+        self.note(format!("mirror verify {:?}", verify.repair_from), Some(&name))?;
         Ok(mirror(name))
     }
 
@@ -346,6 +358,8 @@ fn mirror_create(mode: MirrorMode, volumes: &[&str]) -> MirrorCreate {
         mode,
         rpo_seconds: None,
         overload: Overload::Bitmap,
+        bandwidth: control::Rate::default(),
+        resync_rate: control::Rate::default(),
     }
 }
 
@@ -382,6 +396,8 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     assert_eq!(api.send(Call::mirror_show(&name("m"))).await.unwrap(), mirror(name("m")));
     let set = MirrorSet { overload: Some(Overload::Pace), ..MirrorSet::default() };
     api.send(Call::mirror_set(&name("m"), set)).await.unwrap();
+    let verify = control::MirrorVerify { repair_from: Some(Side::Local) };
+    api.send(Call::mirror_verify(&name("m"), verify)).await.unwrap();
     api.send(Call::mirror_stop(&name("m"))).await.unwrap();
     let start = MirrorStart { primary: Some(Side::Local) };
     api.send(Call::mirror_start(&name("m"), start)).await.unwrap();
@@ -400,8 +416,9 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     let expected = "volume create a, volume list, volume show a, volume resize to 2097152 a, volume access a, \
                     volume access change a, volume delete a, certificate show, partner add p, \
                     partner list, partner show p, partner remove p, mirror create m, mirror list, mirror show m, \
-                    mirror set Some(Pace) m, mirror stop m, mirror start Some(Local) m, mirror switch m, \
-                    mirror orphans Some(\"/x\") m, mirror failover m, mirror failover at 77 m, drill start at 78 m, drill stop m, mirror delete m, status";
+                    mirror set Some(Pace) m, mirror verify Some(Local) m, mirror stop m, mirror start Some(Local) m, \
+                    mirror switch m, mirror orphans Some(\"/x\") m, mirror failover m, mirror failover at 77 m, \
+                    drill start at 78 m, drill stop m, mirror delete m, status";
     assert_eq!(api.asked().join(", "), expected);
 }
 

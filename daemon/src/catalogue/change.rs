@@ -254,6 +254,8 @@ impl Catalogue {
         let new = MirrorRecord {
             rpo_seconds: wanted.rpo_seconds,
             overload: wanted.overload,
+            bandwidth: wanted.bandwidth,
+            resync_rate: wanted.resync_rate,
             revision: old.revision.saturating_add(1),
             ..old.clone()
         };

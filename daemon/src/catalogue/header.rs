@@ -12,7 +12,7 @@ use std::path::Path;
 use block::{ByteCount, IopsLimit, MirrorId, SiteId, VolumeId, VolumeIndex};
 use control::{
     ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, CERTIFICATE_BYTES_MAX, Cache, HostAccess, Iops, MirrorMode,
-    Overload, Role, VolumeAccess,
+    Overload, Rate, Role, VolumeAccess,
 };
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -29,9 +29,9 @@ const SLOT_BYTES: usize = 16 << 10;
 /// The same as a file offset.
 const SLOT_OFFSET: u64 = 16 << 10;
 const MAGIC: [u8; 8] = *b"FARSHVOL";
-/// Version 2 lacks the volume's revision, version 1 also the access to it: their places are zero there, which means that
-/// nothing was changed yet, and any host.
-const VERSION: u32 = 3;
+/// Version 3 lacks the mirror's rates, version 2 also the volume's revision, version 1 also the access to it: their places
+/// are zero there, which means no limit, that nothing was changed yet, and any host.
+const VERSION: u32 = 4;
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=VERSION;
 const FIXED_BYTES: usize = 256;
 const TEXT_BYTES: usize = SLOT_BYTES - FIXED_BYTES;
@@ -78,7 +78,9 @@ struct Fixed {
     access: u8,
     reserved_before: u8,
     volume_revision: U64,
-    reserved: [u8; 104],
+    bandwidth: U64,
+    resync_rate: U64,
+    reserved: [u8; 88],
 }
 
 /// A whole slot.
@@ -248,6 +250,10 @@ impl Header {
         if !VERSIONS.contains(&fixed.version.get()) {
             return Err(HeaderError::Version(fixed.version.get()));
         }
+        let rates = fixed.bandwidth.get() != 0 || fixed.resync_rate.get() != 0;
+        if fixed.version.get() < 4 && rates {
+            return Err(HeaderError::Field("bandwidth"));
+        }
         if fixed.reserved_before != 0 || fixed.reserved.iter().any(|byte| *byte != 0) {
             return Err(HeaderError::Field("reserved"));
         }
@@ -346,6 +352,17 @@ fn decode_hosts(mut bytes: &[u8]) -> Option<Vec<HostAccess>> {
     (bytes.is_empty() && hosts.len() <= ACCESS_HOSTS_MAX).then_some(hosts)
 }
 
+/// A rate as it stands in a header; 0 is none.
+fn rate_field(rate: Rate) -> U64 {
+    U64::new(rate.0.map_or(0, std::num::NonZeroU64::get))
+}
+
+fn rate(field: U64, name: &'static str) -> Result<Rate, HeaderError> {
+    let rate = std::num::NonZeroU64::new(field.get());
+    let allowed = rate.is_none_or(|rate| (Rate::LEAST..=Rate::MOST).contains(&rate.get()));
+    if allowed { Ok(Rate(rate)) } else { Err(HeaderError::Field(name)) }
+}
+
 fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
     let (mirror, group) = (&part.mirror, &part.mirror.group);
     fixed.link = if part.settled { 2 } else { 1 };
@@ -356,6 +373,8 @@ fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
     fixed.index = U16::new(part.index.0);
     fixed.volume_count = U16::new(part.volume_count);
     fixed.rpo_seconds = U32::new(mirror.rpo_seconds.get());
+    fixed.bandwidth = rate_field(mirror.bandwidth);
+    fixed.resync_rate = rate_field(mirror.resync_rate);
     fixed.mirror = mirror.id.to_bytes();
     fixed.epoch = U64::new(group.epoch);
     fixed.incarnation = U64::new(group.incarnation);
@@ -397,6 +416,8 @@ fn decode_mirror(fixed: &Fixed, texts: &[&[u8]; TEXTS]) -> Result<Option<MirrorP
         mode: meaning(MirrorMode::ALL, fixed.mode, "mode")?,
         rpo_seconds: fixed.rpo_seconds.get().try_into().map_err(|_| HeaderError::Field("rpo_seconds"))?,
         overload: meaning(Overload::ALL, fixed.overload, "overload")?,
+        bandwidth: rate(fixed.bandwidth, "bandwidth")?,
+        resync_rate: rate(fixed.resync_rate, "resync_rate")?,
         volumes: Vec::new(),
         group: GroupRecord {
             epoch: fixed.epoch.get(),

@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use block::{ByteCount, MirrorId, VolumeId, VolumeName};
-use control::{Cache, HostPort, Iops, MirrorMode, Overload, Role, VolumeAccess};
+use control::{Cache, HostPort, Iops, MirrorMode, Overload, Rate, Role, VolumeAccess};
 use serde::{Deserialize, Serialize};
 
 /// The longest wrapped data key, in bytes.
@@ -68,6 +68,12 @@ pub struct MirrorRecord {
     pub rpo_seconds: NonZeroU32,
     /// The policy on overload.
     pub overload: Overload,
+    /// The most that is sent. A row without it has no limit.
+    #[serde(default)]
+    pub bandwidth: Rate,
+    /// The most that copies and comparisons read. A row without it has no limit.
+    #[serde(default)]
+    pub resync_rate: Rate,
     /// The volumes, in the order of their index in the group.
     pub volumes: Vec<VolumeId>,
     /// The group's durable state.

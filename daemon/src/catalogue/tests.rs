@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use block::ByteCount;
-use control::{Cache, MirrorMode, Overload, Role, VolumeAccess};
+use control::{Cache, MirrorMode, Overload, Rate, Role, VolumeAccess};
 use uuid::Uuid;
 
 use super::header::Header;
@@ -150,6 +150,8 @@ fn mirror(text: &str, volumes: &[&VolumeRecord]) -> MirrorRecord {
         mode: MirrorMode::Async,
         rpo_seconds: NonZeroU32::new(900).unwrap(),
         overload: Overload::Bitmap,
+        bandwidth: Rate::default(),
+        resync_rate: Rate::default(),
         volumes: volumes.iter().map(|volume| volume.id).collect(),
         group: group(1, 1, "first"),
         revision: 0,
@@ -593,7 +595,7 @@ fn the_access_stands_in_the_header_as_documented() {
     let slot = &bytes[16_384..];
     assert_eq!(slot[140..144], [16, 0, 3, 0]);
     assert_eq!(slot[144..152], [2, 0, 0, 0, 0, 0, 0, 0]);
-    assert!(slot[152..256].iter().all(|byte| *byte == 0));
+    assert!(slot[152..256].iter().all(|byte| *byte == 0), "no rates");
     assert_eq!(&slot[256 + 81..256 + 97], b"\x00\x06host 1\x01\x06host 2");
 }
 
@@ -621,6 +623,45 @@ fn a_header_of_version_2_is_read_with_its_access_and_no_revision() {
     reseal(&mut slot[..16_384]);
     std::fs::write(folder.path().join("header"), &slot).unwrap();
     assert!(Header::read(folder.path(), &name("slow")).is_err());
+}
+
+#[test]
+fn a_header_of_version_3_is_read_and_means_no_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut slot = include_bytes!("golden/header-3").to_vec();
+    slot.resize(2 * 16_384, 0);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    let header = Header::read(folder.path(), &name("slow")).unwrap();
+    assert_eq!(header.volume, VolumeRecord { revision: 7, access: restricted(), ..volume("b", "slow") });
+    let mirror = header.mirror.unwrap().mirror;
+    assert_eq!((mirror.bandwidth, mirror.resync_rate), (Rate(None), Rate(None)));
+    // What the version does not have, it cannot say.
+    slot[152 + 4] = 1;
+    reseal(&mut slot[..16_384]);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    assert!(Header::read(folder.path(), &name("slow")).is_err());
+}
+
+#[test]
+fn a_policy_is_in_headers_and_catalogue_and_leaves_the_group_alone() {
+    let site = populated();
+    let (catalogue, _) = site.open().unwrap();
+    let old = catalogue.mirror(&name("m")).unwrap();
+    let wanted = MirrorRecord {
+        overload: Overload::Stop,
+        bandwidth: "50MB/s".parse().unwrap(),
+        resync_rate: "1MiB/s".parse().unwrap(),
+        partner: name("other"),
+        ..old.clone()
+    };
+    let (new, notices) = catalogue.update_policy(&wanted).unwrap();
+    assert!(notices.is_empty());
+    assert_eq!(new, MirrorRecord { partner: old.partner, revision: old.revision + 1, ..wanted });
+    drop(catalogue);
+    assert_eq!(site.open().unwrap().0.mirror(&name("m")).unwrap(), new);
+    let (catalogue, _) = site.rebuild().unwrap();
+    let rebuilt = catalogue.mirror(&name("m")).unwrap();
+    assert_eq!(rebuilt, MirrorRecord { rebuilt: true, ..new });
 }
 
 /// Gives a slot the checksum of its content.

@@ -83,6 +83,8 @@ pub(super) struct Applying {
     pub(super) hurry: bool,
     paused_until: Option<Monotonic>,
     pub(super) degraded: bool,
+    /// How often cuts that home had shown were queued again.
+    pub(super) replays: u64,
 }
 
 impl Applying {
@@ -102,6 +104,7 @@ impl Applying {
             hurry: false,
             paused_until: None,
             degraded: false,
+            replays: 0,
         }
     }
 
@@ -434,6 +437,7 @@ impl Secondary {
 
     /// A flush failed, so any write since the last checkpoint may be lost: all of them are made again from redo.
     pub(super) fn replay(&mut self) {
+        self.applying.replays += 1;
         for item in std::mem::take(&mut self.applying.unflushed).into_iter().rev() {
             // Home may have lost it, so reads take it from redo again; what is newer there stays.
             self.overlay.insert(item.number, &item.placement, &item.changes);

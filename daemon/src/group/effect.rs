@@ -298,6 +298,8 @@ pub(super) enum Purpose {
     CopyRead { volume: VolumeIndex, range: ByteRange },
     /// A region read at the primary to compare it.
     CompareRead { request: u64 },
+    /// A range read at the primary under its lock, to verify it.
+    VerifyRead { request: u64 },
     /// A flush that lets intent bits clear.
     ClearFlush { volume: VolumeIndex, submitted_at: Monotonic },
     /// A part of a read of the target's image.

@@ -19,6 +19,8 @@ use super::secondary::Secondary;
 pub(super) enum Reader {
     /// A hash request.
     Hash(u64),
+    /// A request of a verify.
+    Verify(u64),
     /// A request to a drill's copy.
     Drill(DrillIo),
     /// What a drill keeps of blocks that a later cut changes.
@@ -182,6 +184,7 @@ impl Secondary {
         };
         match reader {
             Reader::Hash(request) => self.hash_read(request, data, out),
+            Reader::Verify(request) => self.verify_hashed(request, data, out),
             Reader::Drill(request) => {
                 out.push(Effect::DrillDone { request, result: data.map_err(|_| HostError::Io) });
                 self.applying.unguard();
@@ -193,7 +196,7 @@ impl Secondary {
     /// Drops the reads of a drill; gives the requests that wait for them.
     pub(super) fn forget_drill_reads(&mut self) -> Vec<DrillIo> {
         let mut requests = Vec::new();
-        let of_drill = |read: &ImageRead| !matches!(read.reader, Reader::Hash(_));
+        let of_drill = |read: &ImageRead| !matches!(read.reader, Reader::Hash(_) | Reader::Verify(_));
         let gone: Vec<u64> =
             self.images.reads.iter().filter(|(_, read)| of_drill(read)).map(|(id, _)| *id).collect();
         for id in gone {
@@ -218,7 +221,10 @@ impl Secondary {
 
     /// True while a read of a drill that began no later than this one is under way.
     pub(super) fn drill_reads_until(&self, last: u64) -> bool {
-        self.images.reads.range(..=last).any(|(_, read)| !matches!(read.reader, Reader::Hash(_)))
+        self.images
+            .reads
+            .range(..=last)
+            .any(|(_, read)| !matches!(read.reader, Reader::Hash(_) | Reader::Verify(_)))
     }
 
     /// Releases redo up to a cut, now or when no read needs it any more.

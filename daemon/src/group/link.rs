@@ -106,6 +106,7 @@ impl Primary {
         }
         self.trouble = Some(reason.to_owned());
         self.compare.session_lost();
+        self.verify.session_lost();
         self.cut_due = None;
         self.retry(0, now);
     }
@@ -116,6 +117,7 @@ impl Primary {
             out.push(Effect::CloseSession { session, reason: reason.to_owned() });
         }
         self.compare.session_lost();
+        self.verify.session_lost();
         self.cut_due = None;
         self.link = link;
     }
@@ -143,10 +145,15 @@ impl Primary {
                 self.compare_hashes(reply);
                 LinkNews::Nothing
             }
+            Message::VerifyReply(reply) => {
+                self.verify_answered(reply, now, out);
+                LinkNews::Nothing
+            }
             Message::PassRefused { pass, missing } => self.pass_refused(pass, missing, now, out),
             Message::Hello(_)
             | Message::AbortPass { .. }
             | Message::HashRequest(_)
+            | Message::VerifyRequest(_)
             | Message::Orphans { .. }
             | Message::OrphanRequest(_)
             | Message::OrphanReply(_)

@@ -15,12 +15,14 @@ mod link;
 mod orphans;
 mod overload;
 mod primary;
+mod rate;
 mod resync;
 mod rewind;
 mod roles;
 mod secondary;
 mod spill;
 mod switch;
+mod verify;
 mod view;
 mod window;
 
@@ -40,13 +42,14 @@ use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
-pub use control::Overload;
+pub use control::{Overload, Side};
 pub use drill::{DrillIo, DrillSnapshot};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use kept::KeptJournal;
 pub use orphans::{OrphanExtent, OrphanProgress};
 pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
 pub use switch::SwitchProgress;
+pub use verify::{VerifyProgress, VerifyReport};
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 pub use window::{Point, Retention, RewindTo, WindowSnapshot};
 
@@ -344,6 +347,7 @@ impl Group {
 
     /// Takes the mirror away: the volumes serve hosts on their own.
     pub fn detach(&mut self, now: Monotonic) {
+        let stamp = self.stamp;
         let Some(mut mirror) = self.mirror.take() else {
             return;
         };
@@ -352,9 +356,15 @@ impl Group {
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
+                let mut locks = primary.copying.abandon();
+                locks.extend(primary.verify.abandon("the mirror was deleted", stamp));
+                self.out.forget(|purpose| {
+                    matches!(purpose, Purpose::CopyRead { .. } | Purpose::VerifyRead { .. })
+                });
                 for (volume, step) in primary.abandon_waiting() {
                     self.admitted(volume, step, now);
                 }
+                self.release_locks(&locks);
             }
             Machine::Secondary(secondary) => secondary.halt("the mirror was deleted", &mut self.out),
             Machine::Changing(_) => {}
@@ -541,6 +551,12 @@ impl Group {
             engine::volume::Effect::Read { step, command, device, wanted } => {
                 Effect::Read { volume, step, command, device, wanted }
             }
+            engine::volume::Effect::Prepare { step, command, .. } if Self::is_repair(command) => {
+                return self.prepare_repair(volume, step, command);
+            }
+            engine::volume::Effect::Reply { command, result } if Self::is_repair(command) => {
+                return self.repair_replied(command, result.is_ok());
+            }
             engine::volume::Effect::Prepare { step, command, device, wanted, read_head, read_tail } => {
                 Effect::Prepare { volume, step, command, device, wanted, read_head, read_tail }
             }
@@ -597,7 +613,9 @@ impl Group {
     fn copy_ready(&mut self, volume: VolumeIndex, step: StepId, device: ByteRange) {
         let now = self.now;
         if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
-            primary.copy_locked(volume, device, &mut self.out);
+            if !primary.verify_locked(volume, step, &mut self.out) {
+                primary.copy_locked(volume, device, &mut self.out);
+            }
         } else if let Some(slot) = self.slot(volume) {
             slot.volume.copy_done(now, step);
         }
@@ -612,12 +630,14 @@ impl Group {
         let mut copies = Vec::new();
         match &mut mirror.machine {
             Machine::Primary(primary) => {
+                primary.bandwidth.begin_turn();
+                primary.copy_rate.begin_turn();
                 primary.dial_if_due(now, &mut self.out);
-                primary.compare_more(&mut self.out);
+                primary.compare_more(now, &mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
                 if !mirror.planned.has_tip() {
                     primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
-                    copies = primary.plan_copies();
+                    copies = primary.plan_copies(now);
                     primary.clear_intent(&mirror.settings, now, &mut self.out);
                 }
                 primary.write_intent(&mut self.out);
@@ -630,6 +650,7 @@ impl Group {
         for (volume, range) in copies {
             self.begin_copy(volume, range);
         }
+        self.verify_turn();
         self.finish_batch();
         self.write_stored_intents();
         self.end_grace();
@@ -640,6 +661,16 @@ impl Group {
         // What the turn found worth storing is stored now: no later event may come to ask for it.
         if let Some(mirror) = &mut self.mirror {
             mirror.next_change(now, &mut self.out);
+        }
+    }
+
+    /// Lets hosts write again what was being read under its lock.
+    fn release_locks(&mut self, locks: &[(VolumeIndex, StepId)]) {
+        let now = self.now;
+        for (volume, step) in locks {
+            if let Some(slot) = self.slot(*volume) {
+                slot.volume.copy_done(now, *step);
+            }
         }
     }
 
@@ -835,6 +866,7 @@ impl Group {
             Purpose::PersistState => self.state_persisted(result.err()),
             Purpose::Transition => self.transition_done(result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
+            Purpose::VerifyRead { request } => self.verify_read(request, result),
             Purpose::SpillWrite { .. } | Purpose::SpillRead { .. } | Purpose::SpillSync => {
                 self.spill_io(purpose, result)
             }
@@ -911,6 +943,7 @@ impl Group {
             | Purpose::Intent { .. }
             | Purpose::CopyRead { .. }
             | Purpose::CompareRead { .. }
+            | Purpose::VerifyRead { .. }
             | Purpose::ClearFlush { .. }
             | Purpose::SpillWrite { .. }
             | Purpose::SpillRead { .. }

@@ -9,7 +9,7 @@
 //! is not known counts as beyond the budget until the partner has told what it holds.
 
 use std::collections::VecDeque;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
 
 use block::{IopsLimit, Monotonic, VolumeIndex, WallTime};
@@ -48,6 +48,10 @@ pub struct MirrorPolicy {
     pub hold: Duration,
     /// and how much payload of a volume may wait.
     pub hold_bytes: u64,
+    /// The most bytes of cuts a second.
+    pub bandwidth: Option<NonZeroU64>,
+    /// The most bytes a second that copies and comparisons read.
+    pub resync_rate: Option<NonZeroU64>,
 }
 
 /// What hosts' writes meet.
@@ -303,10 +307,15 @@ impl Group {
     /// # Errors
     /// If the group has no mirror.
     pub fn set_policy(&mut self, policy: MirrorPolicy) -> Result<(), VerbRefused> {
+        let now = self.now;
         let mirror =
             self.mirror.as_mut().ok_or_else(|| VerbRefused("the volume has no mirror".to_owned()))?;
         mirror.settings.policy = policy;
         mirror.watch.look_again();
+        if let Machine::Primary(primary) = &mut mirror.machine {
+            primary.bandwidth.set(policy.bandwidth, now);
+            primary.copy_rate.set(policy.resync_rate, now);
+        }
         Ok(())
     }
 

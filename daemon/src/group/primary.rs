@@ -20,8 +20,10 @@ use journal::{CutMeta, EncodedCut, Record, RecordKind, Ring};
 use protocol::{CompareRange, GroupState, RpoTracker, SenderChain};
 
 use super::effect::{Effect, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::rate::ByteLimit;
 use super::resync::{Compare, Copying};
 use super::spill::Spill;
+use super::verify::Verify;
 use super::{CleanState, MirrorSettings};
 
 /// Cuts that may be on the way; more would only sit in the target's queue.
@@ -162,7 +164,12 @@ pub(super) struct Primary {
     pub(super) pass: Option<Pass>,
     pub(super) compare: Compare,
     pub(super) copying: Copying,
+    pub(super) verify: Verify,
     pub(super) cut_due: Option<Monotonic>,
+    /// The bytes of cuts.
+    pub(super) bandwidth: ByteLimit,
+    /// The bytes that copies and comparisons read.
+    pub(super) copy_rate: ByteLimit,
     last_cut: Monotonic,
     /// Stamps of the target's clock, with the last sequence assigned when each was heard.
     echoes: VecDeque<(Sequence, WallTime)>,
@@ -233,7 +240,10 @@ impl Primary {
             pass: None,
             compare,
             copying: Copying::default(),
+            verify: Verify::default(),
             cut_due: None,
+            bandwidth: ByteLimit::new(settings.policy.bandwidth, now),
+            copy_rate: ByteLimit::new(settings.policy.resync_rate, now),
             last_cut: now,
             echoes: VecDeque::new(),
             greeted_at: now,
@@ -358,6 +368,7 @@ impl Primary {
         let sequence = self.take_sequence(now);
         self.in_flight.insert(sequence, InFlight { volume: write.volume, range: write.range });
         self.steps.insert((write.volume, write.step), sequence);
+        self.verify.wrote(write.volume, write.range, sequence);
         let volume = self.volume(write.volume);
         volume.tracker.began(write.range, sequence);
         if let Some(own) = &mut volume.own {
@@ -488,7 +499,8 @@ impl Primary {
             }
             let due = self.cut_due.is_some_and(|due| now >= due);
             let heartbeat = self.pass.is_none() && now.since(self.last_cut) >= HEARTBEAT;
-            if !(full || (due && limit > after) || commits_pass || (heartbeat && limit <= after)) {
+            let wanted = full || (due && limit > after) || commits_pass || (heartbeat && limit <= after);
+            if !wanted || !self.bandwidth.admits(now) {
                 return;
             }
             self.send_cut(settings, session, after, through, commits_pass, now, wall, out);
@@ -545,7 +557,9 @@ impl Primary {
         }
         self.last_cut = now;
         self.cut_due = None;
-        let chunks = std::iter::once(encoded.head).chain(encoded.payloads).collect();
+        let chunks: Vec<Bytes> = std::iter::once(encoded.head).chain(encoded.payloads).collect();
+        let bytes: usize = chunks.iter().map(Bytes::len).sum();
+        self.bandwidth.spent(u64::try_from(bytes).unwrap_or(u64::MAX));
         out.push(Effect::SendCut { session, chunks });
     }
 
@@ -659,13 +673,19 @@ impl Primary {
     pub(super) fn poll_timeout(&self) -> Option<Monotonic> {
         match &self.link {
             Link::Down { retry_at, .. } => self.admission_open.then_some(*retry_at),
-            Link::Up { .. } if self.gate == Gate::Open && self.may_send() => {
-                // A heartbeat is due only while nothing waits for a cut.
-                self.cut_due.or_else(|| self.pass.is_none().then(|| self.last_cut + HEARTBEAT))
+            Link::Up { .. } => {
+                let cut = if self.gate == Gate::Open && self.may_send() { self.cut_timeout() } else { None };
+                [cut, self.copy_rate.poll_timeout(), self.verify.poll_timeout()].into_iter().flatten().min()
             }
-            Link::Up { .. } => None,
             Link::Dialing { .. } | Link::Greeting { .. } | Link::Halted { .. } | Link::Stopped => None,
         }
+    }
+
+    /// When a cut may go that waits for its time or for the bandwidth.
+    fn cut_timeout(&self) -> Option<Monotonic> {
+        // A heartbeat is due only while nothing waits for a cut; what was refused for the bandwidth is due already.
+        let due = self.cut_due.or_else(|| self.pass.is_none().then(|| self.last_cut + HEARTBEAT));
+        self.bandwidth.poll_timeout().or(due)
     }
 
     /// Above the budget the coldest intent bits clear: first a flush of home, then the rule of the tracker.

@@ -100,10 +100,11 @@ impl Compare {
         }
     }
 
+    fn may_ask(&self) -> bool {
+        self.asked.len() < COMPARES_MAX && !self.queue.is_empty()
+    }
+
     fn ask(&mut self) -> Option<(u64, Region)> {
-        if self.asked.len() >= COMPARES_MAX {
-            return None;
-        }
         let region = self.queue.pop_front()?;
         self.last += 1;
         self.asked.insert(self.last, Asked { region, hashes: None, home: None });
@@ -167,9 +168,11 @@ impl Copying {
 
 impl Primary {
     /// Asks for hashes and reads home, as far as the window allows.
-    pub(super) fn compare_more(&mut self, out: &mut Outbox) {
+    pub(super) fn compare_more(&mut self, now: Monotonic, out: &mut Outbox) {
         let Some(session) = self.session() else { return };
-        while let Some((request, region)) = self.compare.ask() {
+        while self.compare.may_ask() && self.copy_rate.admits(now) {
+            let Some((request, region)) = self.compare.ask() else { return };
+            self.copy_rate.spent(region.range.length());
             let frame =
                 Message::HashRequest(HashRequest { id: request, volume: region.volume, range: region.range });
             out.push(Effect::Send { session, frame: frame.encode() });
@@ -265,7 +268,7 @@ impl Primary {
     }
 
     /// Chooses the next ranges to copy; the caller asks for their locks.
-    pub(super) fn plan_copies(&mut self) -> Vec<(VolumeIndex, ByteRange)> {
+    pub(super) fn plan_copies(&mut self, now: Monotonic) -> Vec<(VolumeIndex, ByteRange)> {
         let mut planned = Vec::new();
         let copies = self.session().is_some()
             && self.gate == Gate::Open
@@ -282,6 +285,7 @@ impl Primary {
             if taken + blocks * DATA_UNIT_BYTES > room || crowded {
                 break;
             }
+            let cursor = self.copying.cursor;
             let Some((volume, range)) = self.next_dirty_run(blocks) else {
                 break;
             };
@@ -289,6 +293,11 @@ impl Primary {
             if self.copying.overlaps(volume, range) {
                 break;
             }
+            if !self.copy_rate.admits(now) {
+                self.copying.cursor = cursor;
+                break;
+            }
+            self.copy_rate.spent(range.length());
             self.volume(volume).current.clear(range);
             self.copying.active.insert((volume, range.offset()), ActiveCopy { range, step: None });
             planned.push((volume, range));

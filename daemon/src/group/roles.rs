@@ -338,7 +338,8 @@ impl Group {
             Machine::Primary(mut primary) => {
                 primary.close(Link::Stopped, "fenced by a higher epoch", &mut self.out);
                 let waiting = primary.abandon_waiting();
-                let copies = primary.copying.abandon();
+                let mut copies = primary.copying.abandon();
+                copies.extend(primary.verify.abandon("this side was fenced", self.stamp));
                 // Their pages in flight are answered while the role changes.
                 mirror.intents = primary.volumes.into_iter().map(|volume| volume.intent).collect();
                 let stage = FenceStage::Persisting;
@@ -398,6 +399,8 @@ impl Group {
     fn changed(&mut self, change: StateChange) {
         let (now, stamp) = (self.now, self.stamp);
         let Some(mirror) = &mut self.mirror else { return };
+        // Whether there is an RPO, and what it is, may be another now.
+        mirror.watch.look_again();
         match (change, &mut mirror.machine) {
             (StateChange::Incarnation, Machine::Primary(primary)) => {
                 primary.incarnated(&mirror.state);
@@ -435,6 +438,8 @@ impl Group {
             }
             (StateChange::Stopped(true), Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "an operator stopped the mirror", &mut self.out);
+                let locks = primary.verify.abandon("an operator stopped the mirror", stamp);
+                self.release_locks(&locks);
             }
             (StateChange::Stopped(false), Machine::Primary(primary)) => primary.redial(now),
             (StateChange::Approve, Machine::Primary(primary)) => {
@@ -840,6 +845,7 @@ pub(super) fn forget_primary(out: &mut Outbox) {
     out.forget(|purpose| match purpose {
         Purpose::CopyRead { .. }
         | Purpose::CompareRead { .. }
+        | Purpose::VerifyRead { .. }
         | Purpose::ClearFlush { .. }
         | Purpose::OrphanRead { .. }
         | Purpose::SpillWrite { .. }

@@ -19,6 +19,7 @@ use super::apply::{ApplyItem, Applying};
 use super::drill::Drill;
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose, SessionId};
 use super::image::{ImageReads, Reader};
+use super::verify::Verifying;
 use super::window::{ApplyRate, Begun, Hold, Point, Waiting};
 
 /// Received cuts that wait for the redo log; the transport stops reading beyond.
@@ -107,6 +108,7 @@ pub(super) struct Secondary {
     hashes: VecDeque<Hashing>,
     hashing: BTreeMap<u64, Hashing>,
     last_hash: u64,
+    pub(super) verifying: Verifying,
     /// The newest committed cut; `None` if it was released before a restart.
     pub(super) newest: Option<Point>,
     /// Where this side, once a primary, may differ from its new primary.
@@ -168,6 +170,7 @@ impl Secondary {
             hashes: VecDeque::new(),
             hashing: BTreeMap::new(),
             last_hash: 0,
+            verifying: Verifying::default(),
             newest: recovered.committed_cuts_newest,
             compare: Vec::new(),
             orphaned: None,
@@ -220,6 +223,7 @@ impl Secondary {
     fn drop_incoming(&mut self) {
         self.incoming.clear();
         self.hashes.clear();
+        self.verifying.clear();
         if self.batch.is_none() {
             self.accepted = self.durable;
         }
@@ -283,6 +287,7 @@ impl Secondary {
         match message {
             Message::AbortPass { pass } => self.abort_pass(pass, out),
             Message::HashRequest(request) => self.hashes.push_back(Hashing { session, request }),
+            Message::VerifyRequest(request) => self.verify_asked(request, out),
             Message::Orphans { bytes, waiting } => self.orphaned = Some((bytes, waiting)),
             Message::Hello(_)
             | Message::Welcome(_)
@@ -290,6 +295,7 @@ impl Secondary {
             | Message::Ack(_)
             | Message::PassRefused { .. }
             | Message::HashReply(_)
+            | Message::VerifyReply(_)
             | Message::OrphanRequest(_)
             | Message::OrphanReply(_)
             | Message::SwitchAsk
@@ -403,6 +409,7 @@ impl Secondary {
         self.start_batch(state, out);
         self.apply_more(settings, now, out);
         self.hash_more(out);
+        self.verify_more(out);
     }
 
     fn start_batch(&mut self, state: &GroupState, out: &mut Outbox) {

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use block::{ByteCount, IopsLimit, VolumeId};
 use bytes::Bytes;
-use control::{Peer, VolumeAccess};
+use control::{Peer, Side, VolumeAccess};
 use crypto::VolumeCipher;
 use frontend::nbd::Negotiated;
 use protocol::{GroupState, Hello};
@@ -16,7 +16,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::tls::TlsSession;
 use crate::group::{
     CleanState, DrillSnapshot, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings,
-    MirrorSnapshot, OpenedMirror, OrphanProgress, RewindTo, SwitchProgress, VerbRefused, VolumeSnapshot,
+    MirrorSnapshot, OpenedMirror, OrphanProgress, RewindTo, SwitchProgress, VerbRefused, VerifyReport,
+    VolumeSnapshot,
 };
 
 /// Commands that may wait for a shard; more is a daemon that does not keep up, and the sender waits.
@@ -123,6 +124,11 @@ pub enum Verb {
         /// See [`crate::group::Group::failover`].
         at: Option<RewindTo>,
     },
+    /// Compare the target's image with this side's.
+    Verify {
+        /// See [`crate::group::Group::verify`].
+        repair_from: Option<Side>,
+    },
     /// Give the role to the partner.
     Switch,
     /// Do from now on what an operator wants of the mirror.
@@ -143,6 +149,8 @@ pub struct GroupSnapshot {
     pub mirror: Option<MirrorSnapshot>,
     /// Its durable state.
     pub state: Option<GroupState>,
+    /// What its verify has found.
+    pub verify: Option<VerifyReport>,
     /// How far the last switch that was ordered here is.
     pub switch: SwitchProgress,
 }

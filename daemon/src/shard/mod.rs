@@ -518,6 +518,7 @@ impl Shard {
                 Verb::StopDrill => served.group.stop_drill().map(|()| None),
                 Verb::Loss { at } => served.group.loss(at).map(Some),
                 Verb::Failover { at } => served.group.failover(at).map(Some),
+                Verb::Verify { repair_from } => served.group.verify(repair_from).map(|()| None),
                 Verb::Switch => served.group.switch().map(|()| None),
                 Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
                 Verb::Orphans => served.group.search_orphans().map(|()| None),
@@ -555,6 +556,7 @@ impl Shard {
             volumes,
             mirror: served.group.mirror_snapshot(),
             state: served.group.mirror_state().cloned(),
+            verify: served.group.verify_report().cloned(),
             switch: served.group.switch_progress(),
         });
     }

@@ -82,6 +82,12 @@ fn describe_mirrors() {
         "farshore_mirror_host_writes",
         "1 for what hosts' writes meet (policy stop), 0 for the others."
     );
+    describe_gauge!("farshore_mirror_verify_running", "1 while a verify runs.");
+    describe_gauge!(
+        "farshore_mirror_verify_differing_bytes",
+        Unit::Bytes,
+        "Bytes that the last verify found to differ and that were not repaired."
+    );
     describe_gauge!("farshore_mirror_backlog_bytes", Unit::Bytes, "Bytes that the target lacks.");
     describe_gauge!("farshore_mirror_state", "1 for the state the mirror is in, 0 for the others.");
     describe_gauge!("farshore_mirror_tier", "1 for the journal tier in use, 0 for the others.");
@@ -151,6 +157,12 @@ async fn refresh(site: &Site) {
         for writes in control::HostWrites::ALL {
             gauge!("farshore_mirror_host_writes", "mirror" => mirror(), "writes" => writes.as_str())
                 .set(flag(*writes == view.pressure.host_writes));
+        }
+        if let Some(verify) = &view.verify {
+            gauge!("farshore_mirror_verify_running", "mirror" => mirror())
+                .set(flag(verify.state == control::VerifyState::Running));
+            gauge!("farshore_mirror_verify_differing_bytes", "mirror" => mirror())
+                .set(approximate(verify.differing_bytes.saturating_sub(verify.repaired_bytes)));
         }
         for state in control::MirrorState::ALL {
             gauge!("farshore_mirror_state", "mirror" => mirror(), "state" => state.as_str())

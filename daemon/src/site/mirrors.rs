@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
-use control::{Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, TlsRule, VolumeAccessChange};
+use control::{
+    Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, Rate, TlsRule, VolumeAccessChange,
+};
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
 use store::File;
@@ -100,6 +102,7 @@ impl Site {
             return Err(problem(ProblemKind::Conflict, detail));
         }
         let volumes = self.check_mirror_volumes(&create)?;
+        self.check_room(name, &volumes).await?;
         let site = self.catalogue().site();
         let mirror = MirrorRecord {
             id: MirrorId(Uuid::new_v4()),
@@ -108,6 +111,8 @@ impl Site {
             mode: create.mode,
             rpo_seconds: create.rpo_seconds.unwrap_or(self.settings.rpo_seconds),
             overload: create.overload,
+            bandwidth: create.bandwidth,
+            resync_rate: create.resync_rate,
             volumes: volumes.iter().map(|volume| volume.id).collect(),
             group: group_record(&GroupState::new_primary(site)),
             revision: 0,
@@ -275,6 +280,7 @@ impl Site {
                 format!("site '{here}' has a mirror '{name}' already: delete it there"),
             ));
         }
+        self.check_replica_room(create)?;
         let mut volumes: Vec<VolumeRecord> = Vec::new();
         let made = create.volumes.iter().try_for_each(|volume| {
             volumes.push(self.make_replica(volume)?);
@@ -359,8 +365,10 @@ impl Site {
             partner: partner.clone(),
             mode: MirrorMode::Async,
             rpo_seconds: rpo.unwrap_or(self.settings.rpo_seconds),
-            // Policies that touch hosts are a site's own: an operator sets them where hosts are.
+            // Policies and limits are a site's own: an operator sets them where hosts are.
             overload: Overload::default(),
+            bandwidth: Rate::default(),
+            resync_rate: Rate::default(),
             volumes: volumes.iter().map(|volume| volume.id).collect(),
             group: group_record(&state),
             revision: 0,

@@ -21,7 +21,9 @@ mod orphans;
 mod partners;
 mod policy;
 mod removal;
+mod room;
 mod switch;
+mod verify;
 mod views;
 mod volumes;
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use block::VolumeName;
 use control::{
     CertificateView, Counts, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet,
-    MirrorStart, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, ProblemKind,
+    MirrorStart, MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, ProblemKind,
     RecoveryPoint, RecoveryTarget, Side, StatusView, Timestamp, VolumeAccessChange, VolumeAccessView,
     VolumeCreate, VolumeResize, VolumeView,
 };
@@ -296,6 +296,10 @@ impl Operations for Operator {
     async fn mirror_set(&self, name: VolumeName, set: MirrorSet) -> Outcome<MirrorView> {
         let _changing = self.changes.lock().await;
         self.set_mirror_policy(&name, set).await
+    }
+
+    async fn mirror_verify(&self, name: VolumeName, verify: MirrorVerify) -> Outcome<MirrorView> {
+        self.begin_verify(&name, verify).await
     }
 
     async fn mirror_stop(&self, name: VolumeName) -> Outcome<MirrorView> {

@@ -179,6 +179,8 @@ impl Site {
             | Message::PassRefused { .. }
             | Message::HashRequest(_)
             | Message::HashReply(_)
+            | Message::VerifyRequest(_)
+            | Message::VerifyReply(_)
             | Message::Orphans { .. }
             | Message::OrphanRequest(_)
             | Message::OrphanReply(_)

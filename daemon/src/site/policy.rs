@@ -25,6 +25,8 @@ impl Site {
             overload: mirror.overload,
             hold: self.settings.overload_hold,
             hold_bytes: self.settings.receive_pool.0 / HOLD_PART,
+            bandwidth: mirror.bandwidth.0,
+            resync_rate: mirror.resync_rate.0,
         }
     }
 
@@ -55,6 +57,8 @@ fn changed(mirror: MirrorRecord, set: MirrorSet) -> MirrorRecord {
     MirrorRecord {
         rpo_seconds: set.rpo_seconds.unwrap_or(mirror.rpo_seconds),
         overload: set.overload.unwrap_or(mirror.overload),
+        bandwidth: set.bandwidth.unwrap_or(mirror.bandwidth),
+        resync_rate: set.resync_rate.unwrap_or(mirror.resync_rate),
         ..mirror
     }
 }

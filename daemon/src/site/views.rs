@@ -79,6 +79,8 @@ impl Site {
         let (Some(view), Some(state)) = (&snapshot.mirror, &snapshot.state) else {
             return Err(offline());
         };
+        let names: Vec<_> = self.mirror_volumes(mirror)?.into_iter().map(|volume| volume.name).collect();
+        let verify = snapshot.verify.as_ref().map(|report| super::verify::verify_view(report, &names));
         let waiting = snapshot.presented.clone().err().filter(|_| view.role == Role::Primary);
         Ok(MirrorView {
             name: mirror.name.clone(),
@@ -109,6 +111,9 @@ impl Site {
             orphaned_bytes: view.orphaned.0,
             overload: mirror.overload,
             pressure: super::policy::pressure_view(view.pressure),
+            bandwidth: mirror.bandwidth,
+            resync_rate: mirror.resync_rate,
+            verify,
             memory: MirrorMemory {
                 ring_bytes: view.memory.0,
                 ring_bytes_max: self.settings.ring.0,
@@ -125,7 +130,7 @@ impl Site {
                 seconds_wanted: self.settings.retention.window.as_secs(),
                 bytes: window.waiting_bytes,
             }),
-            volumes: self.mirror_volumes(mirror)?.into_iter().map(|volume| volume.name).collect(),
+            volumes: names,
             partner: mirror.partner.clone(),
         })
     }

@@ -13,6 +13,7 @@ mod receiver;
 mod rpo;
 mod sender;
 mod states;
+mod verify;
 
 pub use access::{MirrorAccess, MirrorHost, SetAccess};
 pub use codec::CodecError;
@@ -25,3 +26,4 @@ pub use receiver::{Arrival, ArrivalError, ReceiverChain};
 pub use rpo::RpoTracker;
 pub use sender::{AckOutcome, SenderChain};
 pub use states::{JournalTier, MirrorState};
+pub use verify::{Held, VERIFY_BLOCKS_MAX, VerifyReply, VerifyRequest};

@@ -13,6 +13,7 @@ use crate::access::{
 };
 use crate::codec::{CodecError, Reader, Writer};
 use crate::lineage::{FORKS_MAX, Fork, RefusalCode};
+use crate::verify::{self, VerifyReply, VerifyRequest};
 
 /// The version that both sides must speak.
 pub const PROTOCOL_VERSION: u16 = 2;
@@ -203,6 +204,10 @@ pub enum Message {
         /// True while an operator's `start` is awaited.
         waiting: bool,
     },
+    /// Primary to target: what do you hold at this point of the order?
+    VerifyRequest(VerifyRequest),
+    /// Target to primary.
+    VerifyReply(VerifyReply),
     /// Fenced side to new primary: what does your home hold here? At most 1 MiB.
     OrphanRequest(HashRequest),
     /// New primary to fenced side.
@@ -270,6 +275,8 @@ const DELETE_MIRROR: u8 = 18;
 const DELETED: u8 = 19;
 const PING: u8 = 20;
 const PONG: u8 = 21;
+const VERIFY_REQUEST: u8 = 24;
+const VERIFY_REPLY: u8 = 25;
 const SET_ACCESS: u8 = 22;
 const ACCESS_SET: u8 = 23;
 
@@ -300,6 +307,14 @@ impl Message {
                 out.u8(ORPHANS);
                 out.u64(bytes.0);
                 out.bool(*waiting);
+            }
+            Self::VerifyRequest(request) => {
+                out.u8(VERIFY_REQUEST);
+                verify::encode_request(&mut out, request);
+            }
+            Self::VerifyReply(reply) => {
+                out.u8(VERIFY_REPLY);
+                verify::encode_reply(&mut out, reply);
             }
             Self::OrphanRequest(request) => encode_request(&mut out, ORPHAN_REQUEST, request),
             Self::OrphanReply(reply) => encode_orphan_reply(&mut out, reply),
@@ -374,6 +389,8 @@ impl Message {
                 Self::HashReply(HashReply { id, hashes })
             }
             ORPHANS => Self::Orphans { bytes: ByteCount(input.u64()?), waiting: input.bool("waiting")? },
+            VERIFY_REQUEST => Self::VerifyRequest(verify::decode_request(&mut input)?),
+            VERIFY_REPLY => Self::VerifyReply(verify::decode_reply(&mut input)?),
             SWITCH_ASK => Self::SwitchAsk,
             SWITCH_READY => Self::SwitchReady { trouble: input.text("trouble", TEXT_BYTES_MAX)? },
             RELINQUISH => Self::Relinquish { tip: input.tip()? },
@@ -711,6 +728,24 @@ mod tests {
             Message::AccessSet,
             Message::Ping,
             Message::Pong { site: position.origin, name: "east".into() },
+            Message::VerifyRequest(VerifyRequest {
+                id: 5,
+                volume: VolumeIndex(3),
+                range: ByteRange::new(4096, 8192).unwrap(),
+                at: position,
+                content: true,
+            }),
+            Message::VerifyReply(VerifyReply {
+                id: 5,
+                through: position,
+                held: verify::Held::Hashes(vec![[1; 32], [2; 32]]),
+            }),
+            Message::VerifyReply(VerifyReply {
+                id: 6,
+                through: position,
+                held: verify::Held::Content(Bytes::from_static(b"block")),
+            }),
+            Message::VerifyReply(VerifyReply { id: 7, through: position, held: verify::Held::Unreadable }),
         ]
     }
 

@@ -340,6 +340,18 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
         }),
         Message::Ack(protocol::Ack { tip: tip(), staged: false, applied: Sequence(98), clock: WallTime(1) }),
         Message::HashReply(protocol::HashReply { id: 1, hashes: vec![[1; 32], [2; 32]] }),
+        Message::VerifyRequest(protocol::VerifyRequest {
+            id: 5,
+            volume: block::VolumeIndex(3),
+            range: block::ByteRange::new(4096, 8192).unwrap_or_default(),
+            at: position,
+            content: true,
+        }),
+        Message::VerifyReply(protocol::VerifyReply {
+            id: 5,
+            through: position,
+            held: protocol::Held::Hashes(vec![[1; 32], [2; 32]]),
+        }),
         Message::CreateMirror(protocol::CreateMirror {
             mirror: MIRROR,
             name: "m".into(),

@@ -54,6 +54,7 @@ impl World {
             lineage: None,
             policy: plan.policies[site],
             held_since: None,
+            owed: Default::default(),
             heard_epoch: 0,
             start_given: 0,
             failover: None,
@@ -193,6 +194,7 @@ impl World {
         known.group = Some(group);
         // A journal that was kept is of the same lineage; what follows it too.
         known.lineage = continues.then_some(lineage);
+        known.owed = Default::default();
         known.heard_epoch = 0;
         known.presented = false;
         let _ = self.enter(site);

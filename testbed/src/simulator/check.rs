@@ -45,6 +45,11 @@ impl World {
         Exposed { tip: recovered.durable_tip.position, hashes }
     }
 
+    /// The blocks of a target's image as a start would expose it now.
+    pub(super) fn exposed_hashes(&self, site: usize) -> Vec<u64> {
+        self.exposed(&self.sites[site].files).hashes
+    }
+
     pub(super) fn has_image(&self, site: usize, tip: &Position) -> bool {
         let state = &self.sites[site].state;
         state.role == Role::Secondary && state.consistent && (!state.diverged || tip.epoch == state.epoch)
@@ -68,7 +73,9 @@ impl World {
         when: &str,
     ) {
         let wrong = hashes.iter().enumerate().find(|(block, hash)| {
-            !self.bad.contains(block) && !self.oracle.allows(lineage, sequence, *block, **hash)
+            !self.bad.contains(block)
+                && !self.planted.blocks.contains(block)
+                && !self.oracle.allows(lineage, sequence, *block, **hash)
         });
         if let Some((block, hash)) = wrong {
             let expected = self.oracle.describe(lineage, block);
@@ -139,6 +146,8 @@ impl World {
             | Message::PassRefused { .. }
             | Message::HashRequest(_)
             | Message::HashReply(_)
+            | Message::VerifyRequest(_)
+            | Message::VerifyReply(_)
             | Message::Orphans { .. }
             | Message::OrphanRequest(_)
             | Message::OrphanReply(_)
@@ -259,6 +268,7 @@ impl World {
                 self.check_window(site);
             }
             self.check_alert(site);
+            self.check_verify(site);
             self.check_orphans(site);
         }
         match self.random.below(200) {
@@ -268,6 +278,7 @@ impl World {
         }
         if self.healing {
             self.operate();
+            self.supervise_verify();
             let idle: Vec<usize> = (0..2).filter(|site| self.sites[*site].is_up()).collect();
             for site in idle {
                 let _ = self.enter(site);
@@ -336,7 +347,7 @@ impl World {
                 let range = block::ByteRange::new(index * 4096, 4096).unwrap_or_default();
                 let covered =
                     ours.is_durable(range) || theirs.as_ref().is_some_and(|map| map.is_durable(range));
-                if home[block] != image[block] && !covered {
+                if home[block] != image[block] && !covered && !self.planted.blocks.contains(&block) {
                     return self.fail(format!(
                         "block {block} differs between site {primary} and its target and no intent bit covers it"
                     ));

@@ -109,6 +109,13 @@ impl VirtualFile {
         content.store(&mut self.stable, start);
     }
 
+    /// A byte turns over on the media, and nobody is told.
+    pub(super) fn corrupt(&mut self, offset: u64) {
+        let offset = size(offset);
+        self.current[offset] ^= 0x40;
+        self.stable[offset] = self.current[offset];
+    }
+
     /// Some sectors of a write reached the cache, others did not.
     pub(super) fn land_partly(&mut self, offset: u64, content: &Content, permille: u32, random: &mut Random) {
         for (sector, part) in sectors(size(offset), content) {

@@ -161,6 +161,7 @@ impl World {
                 self.after(lasts, Event::SpillFast { site });
             }
             Fault::SetPolicy => self.order_policy(),
+            Fault::Verify => self.order_verify(),
         }
     }
 

@@ -33,7 +33,7 @@ pub(super) fn fill(command: u64, offset: u64, out: &mut [u8]) {
 impl World {
     /// Issues some commands and asks to be called again.
     pub(super) fn host_turn(&mut self) {
-        if self.healing || self.now > self.plan.load_end {
+        if self.hosts_rest() {
             return;
         }
         let wait = self.random.below(2 * self.plan.host_interval) + 1;

@@ -35,6 +35,7 @@ mod rewinding;
 mod site;
 #[cfg(test)]
 mod switching;
+mod verifying;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -79,6 +80,8 @@ pub struct Statistics {
     pub staged: u64,
     /// Images that were checked against the oracle.
     pub images: u64,
+    /// Verifies that found and repaired what was planted.
+    pub verified: u64,
     /// Segments written to spill files.
     pub spilled: u64,
     /// Starts that went on with a clean stop's journal.
@@ -99,6 +102,7 @@ impl Statistics {
         self.searches += other.searches;
         self.staged += other.staged;
         self.images += other.images;
+        self.verified += other.verified;
         self.spilled += other.spilled;
         self.continued += other.continued;
     }

@@ -152,6 +152,7 @@ impl World {
                 Content::Zeros(_) => 0,
             };
             self.oracle.issued(lineage, sequence.0, first + block, hash);
+            self.note_planted_write(first + block);
         }
         self.oracle.issued_at(lineage, sequence.0, self.now);
         self.sites[site].steps.insert((volume, step), Step { lineage, sequence: sequence.0, range });
@@ -192,6 +193,10 @@ impl World {
         let answer = Answer::Io(io);
         match request {
             IoRequest::HomeRead { volume, range } => {
+                // What a fenced partner asks for its orphans is neither copy nor comparison.
+                if self.sites[site].state.role == Role::Primary && !self.sites[1 - site].searching {
+                    self.check_rate(site, true, range.length());
+                }
                 return self.read(site, usize::from(volume.0), range, answer);
             }
             IoRequest::RedoRead { file, offset, length } => {
@@ -436,6 +441,7 @@ impl World {
             Ok(decoded) => decoded,
             Err(error) => return self.fail(format!("a cut that was sent does not decode: {error}")),
         };
+        self.check_rate(site, false, wide(cut.len()));
         self.statistics.cuts += 1;
         self.statistics.staged += u64::from(!decoded.meta.commit);
         for record in decoded.records.iter().filter(|record| record.kind == RecordKind::Bad) {

@@ -42,6 +42,7 @@ pub(super) enum Fault {
     SlowSpill,
     StopInOutage,
     SetPolicy,
+    Verify,
 }
 
 impl Fault {
@@ -75,6 +76,7 @@ impl Fault {
         Self::SlowSpill,
         Self::StopInOutage,
         Self::SetPolicy,
+        Self::Verify,
     ];
 }
 
@@ -108,6 +110,8 @@ pub(super) struct Plan {
     pub(super) hot_blocks: u64,
     /// What operators want at the start, by site.
     pub(super) policies: [MirrorPolicy; 2],
+    /// Corruption is planted when all is calm.
+    pub(super) plant: bool,
 }
 
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -173,6 +177,7 @@ impl Plan {
             iops: random.chance(150).then_some(3000),
             hot_blocks: [8, 32, 1000][random.index(3)],
             policies: [pressure::draw(random), pressure::draw(random)],
+            plant: random.chance(500),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Policies on overload: operators change them, and what they may and must do to hosts is checked.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use block::{IopsLimit, VolumeIndex};
@@ -7,6 +8,7 @@ use block::{IopsLimit, VolumeIndex};
 use daemon::group::{LOWERED_MAX, MirrorPolicy, Overload, Writes};
 use protocol::{MirrorState, Role};
 
+use super::plan::SECOND;
 use super::site::Outstanding;
 use super::world::World;
 use crate::harness::Random;
@@ -17,22 +19,63 @@ fn slack(policy: &MirrorPolicy) -> Duration {
         + Duration::from_millis(2)
 }
 
+fn rate(random: &mut Random) -> Option<NonZeroU64> {
+    NonZeroU64::new([0, 0, 300_000, 4 << 20][random.index(4)])
+}
+
 pub(super) fn draw(random: &mut Random) -> MirrorPolicy {
     MirrorPolicy {
         rpo_budget: Duration::from_millis([100, 1000, 900_000][random.index(3)]),
         overload: [Overload::Bitmap, Overload::Bitmap, Overload::Pace, Overload::Stop][random.index(4)],
         hold: Duration::from_millis([0, 50, 2000][random.index(3)]),
         hold_bytes: [4096, 1 << 20][random.index(2)],
+        bandwidth: rate(random),
+        resync_rate: rate(random),
+    }
+}
+
+/// What a site has sent or copied beyond its rate: a bucket of the model's own.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Owed {
+    bytes: u64,
+    at: u64,
+}
+
+impl Owed {
+    /// An item goes. False if it goes before the ones before it are paid for, but for a burst and for `late` bytes that
+    /// were paid for and had to wait.
+    fn spend(&mut self, rate: NonZeroU64, now: u64, bytes: u64, late: u64) -> bool {
+        let passed = u128::from(now - self.at.min(now)) * u128::from(rate.get()) / u128::from(SECOND);
+        let owed = self.bytes.saturating_sub(u64::try_from(passed).unwrap_or(u64::MAX));
+        *self = Self { bytes: owed + bytes, at: now };
+        // 20 ms, a token, and the rounding of both.
+        owed <= rate.get() / 50 + 4 * 4096 + late
     }
 }
 
 impl World {
+    /// A site sends a cut or reads to copy or compare: not above the rate that its operator gave it.
+    pub(super) fn check_rate(&mut self, site: usize, copy: bool, bytes: u64) {
+        let policy = self.sites[site].policy;
+        let rate = if copy { policy.resync_rate } else { policy.bandwidth };
+        let now = self.now;
+        // Copies are paid for before they have their locks: 16 of them and 4 of a verify, 64 blocks each.
+        let late = if copy { 20 * 64 * 4096 } else { 0 };
+        if let Some(rate) = rate
+            && !self.sites[site].owed[usize::from(copy)].spend(rate, now, bytes, late)
+        {
+            let what = if copy { "copies" } else { "sends" };
+            self.fail(format!("site {site} {what} more than {rate} bytes a second"));
+        }
+    }
+
     /// An operator changes a site's policy.
     pub(super) fn order_policy(&mut self) {
         let site = self.random.index(2);
         let policy = draw(&mut self.random);
         self.tell(|| format!("an operator orders {policy:?} at site {site}"));
         self.sites[site].policy = policy;
+        self.sites[site].owed = [Owed::default(); 2];
         if self.enter(site).is_some_and(|group| group.set_policy(policy).is_ok()) {
             self.pump(site);
         }

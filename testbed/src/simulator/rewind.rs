@@ -107,7 +107,7 @@ impl World {
     pub(super) fn check_window(&mut self, site: usize) {
         let snapshot = self.enter(site).and_then(|group| group.mirror_snapshot());
         let Some((point, _)) = snapshot.and_then(|snapshot| snapshot.window?.oldest) else { return };
-        if !self.has_image(site, &point) {
+        if !self.has_image(site, &point) || self.was_planted() {
             return;
         }
         let image = self.exposed_at(&self.sites[site].files, Some(&point));

@@ -11,6 +11,7 @@ use protocol::GroupState;
 use super::disk::{Content, VirtualFile};
 use super::drill::DrillModel;
 use super::oracle::LineageKey;
+use super::pressure::Owed;
 
 /// A request to a virtual file.
 #[derive(Clone, Debug)]
@@ -121,6 +122,8 @@ pub(super) struct Site {
     pub(super) policy: MirrorPolicy,
     /// Since when hosts' writes are held or refused.
     pub(super) held_since: Option<u64>,
+    /// Bytes sent and bytes copied beyond the rates of its process.
+    pub(super) owed: [Owed; 2],
     /// The highest epoch that its process was told of.
     pub(super) heard_epoch: u64,
     /// An operator's start allowed overwriting the partner's writes in this epoch.

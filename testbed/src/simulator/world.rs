@@ -11,6 +11,7 @@ use super::network::{Network, Side, Stream};
 use super::oracle::Oracle;
 use super::plan::{MILLISECOND, Plan, SECOND};
 use super::site::{Site, Stopping};
+use super::verifying::Planted;
 use super::{Statistics, oracle, wide};
 use crate::harness::Random;
 
@@ -50,6 +51,10 @@ pub(super) struct World {
     pub(super) commands: u64,
     /// Blocks that a primary said it cannot read.
     pub(super) bad: std::collections::BTreeSet<usize>,
+    /// What was corrupted on purpose.
+    pub(super) planted: Planted,
+    /// Hosts write until then although everything is healed.
+    pub(super) load_again_until: u64,
     pub(super) hash: u64,
     pub(super) trace: Option<VecDeque<String>>,
     trace_lines: usize,
@@ -86,6 +91,8 @@ impl World {
             keys: 0,
             commands: 0,
             bad: std::collections::BTreeSet::new(),
+            planted: Planted::default(),
+            load_again_until: 0,
             hash: seed,
             trace: (trace_lines > 0).then(VecDeque::new),
             trace_lines,
@@ -185,7 +192,7 @@ impl World {
             if !self.healing && self.now >= self.plan.load_end + SECOND {
                 self.heal();
             }
-            if self.healing && event == Event::Check && self.is_converged() {
+            if self.healing && event == Event::Check && self.is_converged() && self.is_verified() {
                 self.check_final();
                 return;
             }
@@ -284,6 +291,8 @@ impl World {
             return;
         }
         self.sites[site].lineage = Some(lineage);
+        // A new primary has full buckets.
+        self.sites[site].owed = Default::default();
         let base = self.home_hashes(site);
         if let Some((ordered_at, loss)) = self.sites[site].failover.take() {
             self.check_promotion(site, &fork, ordered_at, loss, &base);

@@ -38,6 +38,8 @@ fn settings(spill_bytes: u64) -> MirrorSettings {
             overload: Overload::Bitmap,
             hold: Duration::ZERO,
             hold_bytes: 0,
+            bandwidth: None,
+            resync_rate: None,
         },
     }
 }
