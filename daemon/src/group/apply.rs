@@ -14,6 +14,7 @@ use journal::{Placement, Record};
 
 use super::MirrorSettings;
 use super::effect::{IoFailure, IoRequest, Loudness, Outbox, Purpose};
+use super::growth::issue_sizes;
 use super::secondary::Secondary;
 
 /// Bytes of cuts merged into one set of writes.
@@ -252,7 +253,8 @@ impl Secondary {
         self.applying.touched.extend(steps.iter().map(|step| step.volume));
         self.applying.stage = Stage::Writing;
         self.applying.failed = false;
-        self.applying.outstanding = issue(&steps, &records, Purpose::Apply, out);
+        self.applying.outstanding =
+            issue(&steps, &records, Purpose::Apply, out) + issue_sizes(&records, Purpose::Apply, out);
         if self.applying.outstanding == 0 {
             self.writes_ended();
         }

@@ -9,9 +9,10 @@ use protocol::{
     Ack, AckOutcome, Hello, Message, PROTOCOL_VERSION, RefusalCode, Refuse, ResumePlan, SenderChain, Welcome,
 };
 
-use super::MirrorSettings;
 use super::effect::{Effect, Loudness, Outbox, SessionId};
+use super::growth::has_blocks;
 use super::primary::{Gate, HaltedStart, Link, Primary};
+use super::{GroupVolume, MirrorSettings};
 
 /// The first wait before another attempt; doubles up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -56,12 +57,16 @@ impl Primary {
             out.push(Effect::CloseSession { session, reason: "not wanted any more".into() });
             return;
         }
+        let room = |(index, volume): (usize, &GroupVolume)| {
+            let index = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
+            (volume.id, self.sizes.room(index, volume.size))
+        };
         let hello = Hello {
             version: PROTOCOL_VERSION,
             mirror: settings.mirror,
             position: self.position(),
             forks: state.forks.clone(),
-            volumes: settings.volumes.iter().map(|volume| (volume.id, volume.size)).collect(),
+            volumes: settings.volumes.iter().enumerate().map(room).collect(),
             echo: self.newest_echo(),
         };
         self.greeted_at = now;
@@ -105,6 +110,7 @@ impl Primary {
         }
         self.trouble = Some(reason.to_owned());
         self.compare.session_lost();
+        self.sizes.session_lost();
         self.cut_due = None;
         self.retry(0, now);
     }
@@ -115,6 +121,7 @@ impl Primary {
             out.push(Effect::CloseSession { session, reason: reason.to_owned() });
         }
         self.compare.session_lost();
+        self.sizes.session_lost();
         self.cut_due = None;
         self.link = link;
     }
@@ -143,6 +150,10 @@ impl Primary {
                 LinkNews::Nothing
             }
             Message::PassRefused { pass, missing } => self.pass_refused(pass, missing, now, out),
+            Message::Grown { volume, size, trouble } => {
+                self.grown(volume, size, trouble, out);
+                LinkNews::Nothing
+            }
             Message::Hello(_)
             | Message::AbortPass { .. }
             | Message::HashRequest(_)
@@ -158,6 +169,7 @@ impl Primary {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::Grow { .. }
             | Message::Ping
             | Message::Pong { .. } => {
                 self.close(
@@ -231,6 +243,7 @@ impl Primary {
         self.link = Link::Up { session };
         self.trouble = None;
         self.hear_clock(welcome.clock);
+        self.sizes.heard(&welcome.sizes, self.volumes.len());
         let mut news = LinkNews::Heard;
         match plan {
             ResumePlan::SameIncarnation if self.chain.is_some() => {
@@ -460,7 +473,7 @@ impl Primary {
             let staged: Vec<(VolumeIndex, ByteRange)> = self
                 .ring
                 .records(Sequence(0), through)
-                .filter(|record| !record.range.is_empty())
+                .filter(|record| has_blocks(record))
                 .map(|record| (record.volume, record.range))
                 .collect();
             for (volume, range) in staged {
@@ -490,6 +503,7 @@ impl Primary {
             return LinkNews::Nothing;
         }
         self.rpo.committed(sequence);
+        self.sizes.committed(&position);
         if let Some(time) = self.cut_time(sequence) {
             self.recovery_point = Some((position, time));
         }

@@ -8,6 +8,7 @@
 
 mod apply;
 mod effect;
+mod growth;
 mod kept;
 mod link;
 mod orphans;
@@ -299,6 +300,7 @@ impl Group {
         } else {
             let completes = recovered.completes;
             let mut secondary = Secondary::new(redo.log, checkpoint, recovered);
+            secondary.room = growth::Room::of(&mirror.settings, !secondary.queue.is_empty());
             secondary.compare = roles::compare_ranges(&intents, &mirror.settings);
             // A commit of the new lineage made it whole, though the note of that is missing.
             if secondary.tip().position.epoch == mirror.state.epoch {
@@ -351,20 +353,6 @@ impl Group {
         self.stamp = if wall.0 > stamp { wall } else { WallTime(stamp) };
         self.now = now;
         self.wall = wall;
-    }
-
-    /// A volume without a mirror has grown; its file has already.
-    ///
-    /// # Panics
-    /// If the group is mirrored, or the volume would shrink.
-    pub fn resize(&mut self, volume: VolumeIndex, size: ByteCount, limit: IopsLimit) {
-        assert!(self.mirror.is_none(), "a mirrored volume keeps its size");
-        let now = self.now;
-        if let Some(slot) = self.slot(volume) {
-            slot.config = VolumeConfig { size, limit, ..slot.config };
-            slot.volume.set_size(size);
-            slot.volume.set_limit(now, limit);
-        }
     }
 
     /// True while hosts are served.
@@ -592,6 +580,7 @@ impl Group {
                 primary.dial_if_due(now, &mut self.out);
                 primary.compare_more(&mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
+                primary.grow_more(&mut self.out);
                 if !mirror.planned.has_tip() {
                     primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
                     copies = primary.plan_copies();
@@ -811,6 +800,8 @@ impl Group {
             }
             Purpose::PersistState => self.state_persisted(result.err()),
             Purpose::Transition => self.transition_done(result.err()),
+            Purpose::Grow { volume, size } => self.grown(volume, size, result.err()),
+            Purpose::Show { volume, size } => self.shown(volume, size, result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
             Purpose::SpillWrite { .. } | Purpose::SpillRead { .. } | Purpose::SpillSync => {
                 self.spill_io(purpose, result)
@@ -890,6 +881,8 @@ impl Group {
             | Purpose::SpillWrite { .. }
             | Purpose::SpillRead { .. }
             | Purpose::SpillSync
+            | Purpose::Grow { .. }
+            | Purpose::Show { .. }
             | Purpose::PersistState
             | Purpose::Transition
             | Purpose::SwitchFlush { .. }

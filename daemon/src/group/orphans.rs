@@ -15,6 +15,7 @@ use journal::RecordKind;
 use protocol::{HashRequest, Message, OrphanReply};
 
 use super::effect::{Effect, IoFailure, IoRequest, Outbox, Purpose, SessionId};
+use super::growth::has_blocks;
 use super::primary::{Primary, PrimaryVolume};
 use super::roles::StateChange;
 use super::{Group, Machine, VerbRefused};
@@ -128,7 +129,9 @@ impl Memory {
         }
         let held = primary.spill.held_records().filter(|record| record.sequence > after);
         for record in primary.ring.records(after, primary.last).chain(held) {
-            memory.note(record.volume, record.range);
+            if has_blocks(record) {
+                memory.note(record.volume, record.range);
+            }
             let at = primary.rpo.acknowledged_at(record.sequence);
             let at = at.map(|at| WallTime(wall.0.saturating_sub(now.0.saturating_sub(at.0))));
             match record.kind {

@@ -20,6 +20,7 @@ use journal::{CutMeta, EncodedCut, Record, RecordKind, Ring};
 use protocol::{GroupState, RpoTracker, SenderChain};
 
 use super::effect::{Effect, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::growth::{Sizes, has_blocks};
 use super::resync::{Compare, Copying};
 use super::spill::Spill;
 use super::{CleanState, MirrorSettings};
@@ -162,6 +163,7 @@ pub(super) struct Primary {
     pub(super) pass: Option<Pass>,
     pub(super) compare: Compare,
     pub(super) copying: Copying,
+    pub(super) sizes: Sizes,
     pub(super) cut_due: Option<Monotonic>,
     last_cut: Monotonic,
     /// Stamps of the target's clock, with the last sequence assigned when each was heard.
@@ -231,6 +233,7 @@ impl Primary {
             pass: None,
             compare,
             copying: Copying::default(),
+            sizes: Sizes::default(),
             cut_due: None,
             last_cut: now,
             echoes: VecDeque::new(),
@@ -455,6 +458,7 @@ impl Primary {
             && self.compare.is_done()
             && self.copying.is_idle()
             && through >= self.commit_floor
+            && !self.owes_sizes()
             && self.volumes.iter().all(|volume| volume.current.is_empty())
             && self.volumes.iter_mut().all(PrimaryVolume::bad_is_noted)
     }
@@ -473,6 +477,7 @@ impl Primary {
         }
         self.start_pass_if_needed(out);
         self.retry_bad(now, out);
+        self.push_sizes(now);
         while self.may_send() {
             let (after, limit) = (self.sent_through(), self.cut_limit());
             let through =
@@ -635,8 +640,9 @@ impl Primary {
     /// Every record leaves the ring for the dirty map: at a clean stop, or when its incarnation ends.
     pub(super) fn fold_ring(&mut self) {
         self.fold_spill();
+        self.sizes.forget_sent();
         for record in self.ring.clear() {
-            if !record.range.is_empty() {
+            if has_blocks(&record) {
                 self.volume(record.volume).current.set(record.range);
             }
         }

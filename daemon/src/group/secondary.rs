@@ -8,14 +8,16 @@ use std::collections::{BTreeMap, VecDeque};
 
 use block::{ByteCount, DATA_UNIT_BYTES, Monotonic, Position, Tip, WallTime};
 use bytes::Bytes;
-use journal::{Checkpoint, Cut, Placement, RedoFull, RedoLog};
+use journal::{Checkpoint, Cut, Placement, Record, RecordKind, RedoFull, RedoLog};
 use protocol::{
-    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, Message, ReceiverChain, Welcome,
+    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, Message, ReceiverChain, Refusal,
+    RefusalCode, Welcome,
 };
 
 use super::MirrorSettings;
 use super::apply::{ApplyItem, Applying};
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::growth::{Room, issue_sizes};
 
 /// Received cuts that wait for the redo log; the transport stops reading beyond.
 const INCOMING_CUTS_MAX: usize = 64;
@@ -88,6 +90,7 @@ pub(super) struct Secondary {
     /// Committed cuts that are not applied.
     pub(super) queue: VecDeque<ApplyItem>,
     pub(super) applying: Applying,
+    pub(super) room: Room,
     hashes: VecDeque<Hashing>,
     hashing: BTreeMap<u64, Hashing>,
     last_hash: u64,
@@ -122,6 +125,7 @@ impl Secondary {
             log,
             applying: Applying::new(checkpoint.applied),
             checkpoint,
+            room: Room::default(),
             next_checkpoint: None,
             incoming: VecDeque::new(),
             batch: None,
@@ -208,13 +212,31 @@ impl Secondary {
         }
     }
 
-    fn welcome_if_quiet(&mut self, state: &GroupState, wall: WallTime, out: &mut Outbox) {
+    fn welcome_if_quiet(
+        &mut self,
+        settings: &MirrorSettings,
+        state: &GroupState,
+        wall: WallTime,
+        out: &mut Outbox,
+    ) {
         if self.batch.is_some() || self.halted {
             return;
         }
         let Some(Greeting { session, hello }) = self.greeting.take() else {
             return;
         };
+        let sizes: Vec<ByteCount> = hello.volumes.iter().map(|(_, size)| *size).collect();
+        match self.room_for(&sizes, out) {
+            Some(Ok(())) => {}
+            Some(Err(text)) => {
+                let refusal = Refusal { code: RefusalCode::NoSpace, text };
+                return super::refuse(session, state, refusal, out);
+            }
+            None => {
+                self.greeting = Some(Greeting { session, hello });
+                return;
+            }
+        }
         self.accepted = self.durable;
         self.session = Some(session);
         self.lineage = hello.position;
@@ -229,6 +251,7 @@ impl Secondary {
             age_bound_ms: age,
             compare: if state.diverged { self.compare.clone() } else { Vec::new() },
             clock: wall,
+            sizes: settings.volumes.iter().map(|volume| volume.size).collect(),
         };
         out.push(Effect::Send { session, frame: Message::Welcome(welcome).encode() });
         out.log(
@@ -245,6 +268,7 @@ impl Secondary {
             Message::AbortPass { pass } => self.abort_pass(pass, out),
             Message::HashRequest(request) => self.hashes.push_back(Hashing { session, request }),
             Message::Orphans { bytes, waiting } => self.orphaned = Some((bytes, waiting)),
+            Message::Grow { volume, size } => self.wish_for_room(session, volume, size),
             Message::Hello(_)
             | Message::Welcome(_)
             | Message::Refuse(_)
@@ -262,6 +286,7 @@ impl Secondary {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::Grown { .. }
             | Message::Ping
             | Message::Pong { .. } => self.end_session("a message out of place", out),
         }
@@ -310,7 +335,7 @@ impl Secondary {
                 return self.end_session(&format!("a cut is damaged: {error}"), out);
             }
         };
-        if let Some(text) = records_beyond(&cut, settings) {
+        if let Some(text) = self.records_beyond(&cut) {
             out.log(Loudness::Error, text.clone());
             return self.end_session(&text, out);
         }
@@ -357,7 +382,11 @@ impl Secondary {
         wall: WallTime,
         out: &mut Outbox,
     ) {
-        self.welcome_if_quiet(state, wall, out);
+        self.welcome_if_quiet(settings, state, wall, out);
+        self.grant_wishes(out);
+        if self.queue.is_empty() && self.applying.is_idle() {
+            self.room.all_read();
+        }
         self.start_batch(state, out);
         self.apply_more(settings, now, out);
         self.hash_more(out);
@@ -392,7 +421,8 @@ impl Secondary {
             let records: Vec<_> =
                 batch.cuts.iter().flat_map(|received| received.cut.records.iter().cloned()).collect();
             let plan = engine::apply::plan(&records);
-            batch.outstanding = super::apply::issue(&plan, &records, Purpose::InitialApply, out);
+            batch.outstanding = super::apply::issue(&plan, &records, Purpose::InitialApply, out)
+                + issue_sizes(&records, Purpose::InitialApply, out);
             self.batch = Some(batch);
             self.batch_moved(out);
         } else {
@@ -541,6 +571,7 @@ impl Secondary {
             };
             let followed = self.durable.accept(&arrival, &received.cut.tip.position);
             assert_eq!(followed, Ok(()), "what was accepted follows the durable chain");
+            received.cut.records.iter().for_each(|record| self.room.note_record(record));
             let (commit, initial) = (meta.commit, meta.initial);
             if commit {
                 // An older stamp still bounds what is missing.
@@ -616,6 +647,17 @@ impl Secondary {
         out.push(Effect::Send { session: hashing.session, frame });
     }
 
+    /// Says which record lies outside the room of its volume, if one does.
+    fn records_beyond(&self, cut: &Cut) -> Option<String> {
+        // A new size makes its own room, should that of an earlier session be forgotten.
+        let beyond = |record: &&Record| {
+            record.kind != RecordKind::Resize && !self.room.holds(record.volume, record.range.end())
+        };
+        let beyond = cut.records.iter().find(beyond)?;
+        let (sequence, volume) = (beyond.sequence, beyond.volume.0);
+        Some(format!("a cut is refused: sequence {sequence} lies outside volume {volume}"))
+    }
+
     /// The image's tip.
     pub(super) const fn tip(&self) -> Tip {
         self.durable.durable()
@@ -631,14 +673,4 @@ fn write_redo(placement: &Placement, data: Bytes, out: &mut Outbox) -> usize {
     }
     out.io(Purpose::RedoWrite, IoRequest::RedoWrite { file, offset: placement.offset, data });
     writes
-}
-
-/// Says which record lies outside its volume, if one does.
-fn records_beyond(cut: &Cut, settings: &MirrorSettings) -> Option<String> {
-    cut.records.iter().find_map(|record| {
-        let size = settings.volumes.get(usize::from(record.volume.0)).map_or(0, |volume| volume.size.0);
-        (record.range.end() > size).then(|| {
-            format!("a cut is refused: sequence {} lies outside volume {}", record.sequence, record.volume.0)
-        })
-    })
 }

@@ -73,6 +73,10 @@ pub struct MirrorSnapshot {
     pub spilled: ByteCount,
     /// How far behind the target is, and what is done about it.
     pub pressure: Pressure,
+    /// A volume is growing.
+    pub growing: bool,
+    /// Why the last growth ended without its size.
+    pub growth_failure: Option<String>,
 }
 
 /// A volume's counters as the group knows them.
@@ -131,6 +135,8 @@ impl Group {
                 memory: ByteCount(0),
                 spilled: ByteCount(0),
                 pressure: Pressure::default(),
+                growing: false,
+                growth_failure: None,
             },
         };
         let reason = mirror.offered_reason().or(snapshot.reason);
@@ -218,6 +224,8 @@ impl Primary {
             memory: ByteCount(self.ring.bytes() + self.spill.held_bytes()),
             spilled: ByteCount(self.spill.space.used_bytes()),
             pressure: Pressure::default(),
+            growing: self.sizes.is_growing(),
+            growth_failure: self.sizes.failure(),
         }
     }
 }
@@ -270,6 +278,8 @@ impl Secondary {
             spilled: ByteCount(0),
             memory: ByteCount(self.queue.iter().map(|item| item.placement.length).sum::<u64>().min(64 << 20)),
             pressure: Pressure::default(),
+            growing: false,
+            growth_failure: None,
         }
     }
 }

@@ -107,6 +107,15 @@ pub enum Verb {
     Policy(MirrorPolicy),
     /// Find the writes that the new primary never had.
     Orphans,
+    /// Let a volume grow.
+    Grow {
+        /// Which volume.
+        volume: block::VolumeIndex,
+        /// Its new size.
+        size: ByteCount,
+    },
+    /// Give a growth up that takes too long.
+    GiveUpGrowth,
 }
 
 /// A group as operators see it.
@@ -275,6 +284,19 @@ pub enum ShardNews {
     },
     /// Open the keys of the group's volumes, then answer with [`ShardCommand::Unlocked`].
     Unlock(GroupKey),
+    /// Make room for a volume, then answer with [`ShardCommand::Persisted`].
+    Grow {
+        /// Which group.
+        key: GroupKey,
+        /// To be carried back.
+        io: IoId,
+        /// Which volume of it.
+        volume: VolumeId,
+        /// The room wanted.
+        size: ByteCount,
+        /// It is to be the volume's size: store it, and send [`ShardCommand::Resize`] before the answer.
+        stored: bool,
+    },
     /// Hosts may open the group's volumes.
     Presented(GroupKey),
     /// Hosts may not, for this reason.

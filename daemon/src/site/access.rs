@@ -1,7 +1,7 @@
 //! Who may open a volume, and that the replica of a mirrored one follows: it is never more open than its primary.
 //!
 //! What lets in less is durable at the partner before it is here, what lets in more is durable here first. What the
-//! partner could not be told it is told when the mirror's session is next opened. docs/protocols/replication.md, 11.
+//! partner could not be told it is told when the mirror's session is next opened. docs/protocols/replication.md, 12.
 
 use std::sync::Arc;
 use std::time::Duration;

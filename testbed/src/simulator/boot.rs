@@ -33,6 +33,8 @@ impl World {
                 GroupState::new_secondary(primary)
             },
             clean: None,
+            sizes: plan.first_blocks.clone(),
+            rooms: plan.first_blocks.clone(),
             group: None,
             process: 1,
             pending: std::collections::BTreeMap::new(),
@@ -95,8 +97,8 @@ impl World {
             let (redo, checkpoint) = self.recover(site);
             let volumes = self.plan.volume_blocks.len();
             let region = ByteCount(self.plan.region_bytes);
-            let intents = (0..volumes)
-                .map(|volume| IntentMap::new(volume_id(volume), self.volume_size(volume), region));
+            let size = |volume: usize| BlockCount(self.plan.first_blocks[volume]).bytes();
+            let intents = (0..volumes).map(|volume| IntentMap::new(volume_id(volume), size(volume), region));
             let opened = OpenedMirror { intents: intents.collect(), clean: None, redo, checkpoint };
             let (settings, state, now) =
                 (self.settings(site), self.sites[site].state.clone(), self.monotonic(site));
@@ -159,10 +161,16 @@ impl World {
             let mark = file.mark();
             file.sync(mark);
         }
+        (0..self.plan.volume_blocks.len()).for_each(|volume| self.resized(site, volume));
         self.check_restarted(site);
         let (redo, checkpoint) = self.recover(site);
         let volumes = self.plan.volume_blocks.len();
-        let intents = (0..volumes).map(|volume| self.durable_intent(site, volume)).collect();
+        let intent = |volume: usize| {
+            let size = BlockCount(self.sites[site].sizes[volume]).bytes();
+            let bytes = self.sites[site].files[self.intent_file(volume)].stable();
+            Self::load_intent(bytes, volume, size, self.plan.region_bytes)
+        };
+        let intents = (0..volumes).map(intent).collect();
         let state = self.sites[site].state.clone();
         let clean = self.sites[site].clean.take().filter(|_| state.role == Role::Primary);
         let continues = clean.as_ref().is_some_and(|clean| clean.journal.is_some());
@@ -203,7 +211,14 @@ impl World {
                     known.files[file].land_partly(offset, &content, permille, &mut self.random);
                 }
                 super::site::Operation::Persist(state) if self.random.chance(500) => known.state = *state,
-                super::site::Operation::Persist(_)
+                super::site::Operation::Grow { volume, blocks, stored } if self.random.chance(500) => {
+                    known.rooms[volume] = blocks.max(known.rooms[volume]);
+                    if stored {
+                        known.sizes[volume] = blocks.max(known.sizes[volume]);
+                    }
+                }
+                super::site::Operation::Grow { .. }
+                | super::site::Operation::Persist(_)
                 | super::site::Operation::Sync { .. }
                 | super::site::Operation::Read { .. }
                 | super::site::Operation::Nothing => {}

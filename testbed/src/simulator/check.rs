@@ -17,25 +17,32 @@ use super::{oracle, size};
 struct Exposed {
     tip: Position,
     hashes: Vec<u64>,
+    /// Blocks of each volume.
+    sizes: Vec<u64>,
 }
 
 impl World {
     /// What a start from `files` would expose as the target's committed image.
-    fn exposed(&self, files: &[VirtualFile]) -> Exposed {
+    fn exposed(&self, site: usize, files: &[VirtualFile]) -> Exposed {
         let (recovered, _) = self.recover_from(files);
         let volumes = self.plan.volume_blocks.len();
         let mut homes: Vec<Vec<u8>> =
             files.iter().take(volumes).map(|file| file.current().to_vec()).collect();
+        let mut sizes = self.sites[site].sizes.clone();
         let committed = recovered.cuts.iter().rposition(|cut| cut.meta.commit).map_or(0, |last| last + 1);
         for cut in recovered.cuts.iter().take(committed).filter(|cut| !cut.header_only) {
             let file = self.segment_file(cut.placement.file_index);
             let bytes = files[file].read(cut.placement.offset, cut.placement.length);
             if let Ok(decoded) = journal::decode(&bytes) {
                 overlay(&mut homes, &decoded.records);
+                for record in decoded.records.iter().filter(|record| record.kind == RecordKind::Resize) {
+                    let size = &mut sizes[usize::from(record.volume.0)];
+                    *size = (*size).max(record.range.end() / 4096);
+                }
             }
         }
         let hashes = homes.iter().flat_map(|home| home.chunks_exact(4096).map(oracle::hash)).collect();
-        Exposed { tip: recovered.durable_tip.position, hashes }
+        Exposed { tip: recovered.durable_tip.position, hashes, sizes }
     }
 
     fn has_image(&self, site: usize, tip: &Position) -> bool {
@@ -48,8 +55,18 @@ impl World {
             return;
         }
         self.statistics.images += 1;
+        self.check_sizes(site, &image.sizes, when);
         let (lineage, sequence) = (oracle::key(&image.tip), image.tip.sequence.0);
         self.compare_image(site, lineage, sequence, &image.hashes, when);
+    }
+
+    /// Hosts saw no more of a volume than the image has.
+    pub(super) fn check_sizes(&mut self, site: usize, sizes: &[u64], when: &str) {
+        if sizes.iter().zip(&self.shown).any(|(size, shown)| size < shown) {
+            let shown = &self.shown;
+            let text = format!("{when}: site {site} has {sizes:?} blocks, hosts have seen {shown:?}");
+            self.fail(text);
+        }
     }
 
     fn compare_image(
@@ -77,9 +94,9 @@ impl World {
         let image = if power {
             let mut files = self.sites[site].files.clone();
             files.iter_mut().for_each(|file| file.lose_power(&mut self.random));
-            self.exposed(&files)
+            self.exposed(site, &files)
         } else {
-            self.exposed(&self.sites[site].files)
+            self.exposed(site, &self.sites[site].files)
         };
         self.check_acked(site, &image.tip, when);
         self.check_image(site, &image, when);
@@ -143,6 +160,8 @@ impl World {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::Grow { .. }
+            | Message::Grown { .. }
             | Message::Ping
             | Message::Pong { .. } => {}
         }
@@ -154,6 +173,21 @@ impl World {
         self.sites[site].acked_tip = Some(*tip);
         if let Some(owner) = self.oracle.owner(oracle::key(tip)) {
             self.oracle.committed(owner, tip);
+        }
+    }
+
+    /// Nothing is read or written where a volume has no room.
+    pub(super) fn check_room(&mut self, site: usize, volume: block::VolumeIndex, end: u64) {
+        let room = self.sites[site].rooms[usize::from(volume.0)] * 4096;
+        if end > room {
+            self.fail(format!("site {site} uses volume {} up to byte {end}, it has {room}", volume.0));
+        }
+    }
+
+    /// A size became durable at a site.
+    pub(super) fn resized(&mut self, site: usize, volume: usize) {
+        if self.sites[site].state.role == Role::Primary {
+            self.shown[volume] = self.shown[volume].max(self.sites[site].sizes[volume]);
         }
     }
 
@@ -309,9 +343,9 @@ impl World {
             if power {
                 let mut files = self.sites[target].files.clone();
                 files.iter_mut().for_each(|file| file.lose_power(&mut self.random));
-                self.exposed(&files).hashes
+                self.exposed(target, &files).hashes
             } else {
-                self.exposed(&self.sites[target].files).hashes
+                self.exposed(target, &self.sites[target].files).hashes
             }
         };
         let home = self.home_hashes(primary);
@@ -353,7 +387,14 @@ impl World {
             && ours.backlog.0 == 0
             && ours.rpo == Some(Duration::ZERO)
             && !self.sites[secondary].state.diverged
-            && self.home_hashes(primary) == self.exposed(&self.sites[secondary].files).hashes
+            && !ours.growing
+            && self.same_image(primary, secondary)
+    }
+
+    fn same_image(&self, primary: usize, secondary: usize) -> bool {
+        let image = self.exposed(secondary, &self.sites[secondary].files);
+        let smaller = image.sizes.iter().zip(&self.sites[primary].sizes).any(|(theirs, ours)| theirs < ours);
+        !smaller && self.home_hashes(primary) == image.hashes
     }
 
     pub(super) fn check_final(&mut self) {

@@ -50,6 +50,8 @@ pub(super) struct World {
     pub(super) commands: u64,
     /// Blocks that a primary said it cannot read.
     pub(super) bad: std::collections::BTreeSet<usize>,
+    /// The most blocks of each volume that a primary has shown to hosts.
+    pub(super) shown: Vec<u64>,
     pub(super) hash: u64,
     pub(super) trace: Option<VecDeque<String>>,
     trace_lines: usize,
@@ -72,6 +74,7 @@ impl World {
         let mut random = Random::new(seed);
         let plan = Plan::new(&mut random);
         let sites = [Self::new_site(&plan, 0), Self::new_site(&plan, 1)];
+        let shown = plan.first_blocks.clone();
         Self {
             plan,
             random,
@@ -86,6 +89,7 @@ impl World {
             keys: 0,
             commands: 0,
             bad: std::collections::BTreeSet::new(),
+            shown,
             hash: seed,
             trace: (trace_lines > 0).then(VecDeque::new),
             trace_lines,
@@ -122,13 +126,14 @@ impl World {
         self.events.insert((self.now + delay, self.order), event);
     }
 
+    pub(super) fn limit(&self) -> IopsLimit {
+        let limit = self.plan.iops.and_then(std::num::NonZeroU32::new);
+        limit.map_or(IopsLimit::Unlimited, IopsLimit::PerSecond)
+    }
+
     pub(super) fn settings(&self, site: usize) -> MirrorSettings {
-        let limit = self
-            .plan
-            .iops
-            .and_then(std::num::NonZeroU32::new)
-            .map_or(IopsLimit::Unlimited, IopsLimit::PerSecond);
-        let volumes = self.plan.volume_blocks.iter().enumerate().map(|(index, blocks)| GroupVolume {
+        let limit = self.limit();
+        let volumes = self.sites[site].sizes.iter().enumerate().map(|(index, blocks)| GroupVolume {
             id: volume_id(index),
             size: block::BlockCount(*blocks).bytes(),
             limit,
@@ -288,6 +293,9 @@ impl World {
             self.check_switch(site, &fork, &base);
         }
         if !self.oracle.knows_epoch(lineage.0) {
+            let sizes = self.sites[site].sizes.clone();
+            self.check_sizes(site, &sizes, "promotion");
+            (0..sizes.len()).for_each(|volume| self.resized(site, volume));
             // What the new epoch does not contain is lost, or an orphan.
             self.oracle.acked.iter_mut().for_each(std::collections::VecDeque::clear);
         }
