@@ -1,9 +1,11 @@
 //! Who may open a volume, and that the replica of a mirrored one follows: it is never more open than its primary.
 //!
 //! What lets in less is durable at the partner before it is here, what lets in more is durable here first. What the
-//! partner could not be told it is told when the mirror's session is next opened. docs/protocols/replication.md, 12.
+//! partner could not be told it is told again until it has heard, and whenever the mirror's session is opened. docs/protocols/replication.md, 12.
 
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use block::{Epoch, MirrorId, VolumeId, VolumeName};
@@ -21,8 +23,18 @@ use crate::shard::ShardCommand;
 
 /// The partner has two small writes to do.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
+/// A partner that could not be told is told again after so long.
+const TELL_PAUSE: Duration = Duration::from_secs(2);
 
 type Refused = (RefusalCode, String);
+
+/// What partners have not been told of who may open a volume.
+#[derive(Debug, Default)]
+pub(super) struct Untold {
+    sentences: BTreeMap<VolumeId, String>,
+    /// Mirrors whose partners are being told again and again.
+    repeating: BTreeSet<MirrorId>,
+}
 
 impl Site {
     /// Who may open a volume, with what the partner has not been told.
@@ -33,7 +45,7 @@ impl Site {
     /// What a primary could not tell its partner of who may open a volume.
     pub(super) fn untold_of(&self, volume: VolumeId) -> Option<String> {
         let (mirror, _) = self.catalogue().mirror_of(volume)?;
-        let untold = lock(&self.untold).get(&volume).cloned();
+        let untold = lock(&self.untold).sentences.get(&volume).cloned();
         untold.filter(|_| mirror.group.role == Role::Primary)
     }
 
@@ -143,8 +155,8 @@ impl Site {
         Ok(volume)
     }
 
-    /// Tells the partner what these volumes of a mirror have; remembers if that fails.
-    async fn tell_partner(&self, mirror: &MirrorRecord, volumes: &[VolumeRecord]) {
+    /// Tells the partner what these volumes of a mirror have; if that fails, again and again.
+    async fn tell_partner(self: &Arc<Self>, mirror: &MirrorRecord, volumes: &[VolumeRecord]) {
         let said =
             volumes.iter().map(|volume| (volume.id, volume.revision, to_mirror_access(&volume.access)));
         let outcome = self.ask_access(mirror, said.collect()).await;
@@ -152,18 +164,37 @@ impl Site {
         for volume in volumes {
             match &outcome {
                 Ok(()) => {
-                    untold.remove(&volume.id);
+                    untold.sentences.remove(&volume.id);
                 }
                 Err(error) => {
                     let text = format!(
-                        "the replica of volume '{}' may not have the access that holds here: {}; it is told when mirror \
-                         '{}' connects",
+                        "the replica of volume '{}' may not have the access that holds here: {}; the partner of mirror \
+                         '{}' is told again until it has heard",
                         volume.name, error.detail, mirror.name
                     );
-                    untold.insert(volume.id, text);
+                    untold.sentences.insert(volume.id, text);
                 }
             }
         }
+        if outcome.is_err() && untold.repeating.insert(mirror.id) {
+            tokio::spawn(keep_telling(Arc::downgrade(self), mirror.id));
+        }
+    }
+
+    /// True if the mirror's partner is to be told once more. What a side that is not the primary knows is void.
+    fn is_told_again(&self, id: MirrorId) -> bool {
+        let mirror = self.catalogue().mirror_by_id(id);
+        let primary = mirror.as_ref().is_some_and(|mirror| mirror.group.role == Role::Primary);
+        let mut untold = lock(&self.untold);
+        let members = mirror.map(|mirror| mirror.volumes).unwrap_or_default();
+        if !primary {
+            members.iter().for_each(|volume| drop(untold.sentences.remove(volume)));
+        }
+        let again = members.iter().any(|volume| untold.sentences.contains_key(volume));
+        if !again {
+            untold.repeating.remove(&id);
+        }
+        again
     }
 
     async fn ask_access(
@@ -263,6 +294,21 @@ impl Site {
         }
         None
     }
+}
+
+/// Tells a mirror's partner who may open its volumes until it has heard.
+fn keep_telling(site: Weak<Site>, mirror: MirrorId) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    // Boxed, as telling begins this and this tells.
+    Box::pin(async move {
+        loop {
+            tokio::time::sleep(TELL_PAUSE).await;
+            let Some(site) = site.upgrade() else { return };
+            Arc::clone(&site).repeat_access(mirror).await;
+            if !site.is_told_again(mirror) {
+                return;
+            }
+        }
+    })
 }
 
 fn stays(name: &VolumeName, reason: &str) -> String {

@@ -89,7 +89,7 @@ pub struct Site {
     troubles: Mutex<BTreeMap<VolumeId, String>>,
     partner_troubles: Mutex<BTreeMap<VolumeName, Option<String>>>,
     /// What partners have not been told of who may open a volume.
-    untold: Mutex<BTreeMap<VolumeId, String>>,
+    untold: Mutex<access::Untold>,
     /// Held while a partner is told of that.
     telling: tokio::sync::Mutex<()>,
     /// The (epoch, revision) of what this site was last told of a replica; a message that was late comes below it.

@@ -563,22 +563,6 @@ fn encode_hash_reply(out: &mut Writer, reply: &HashReply) {
     reply.hashes.iter().for_each(|hash| out.raw(hash));
 }
 
-fn encode_request(out: &mut Writer, kind: u8, request: &HashRequest) {
-    out.u8(kind);
-    out.u64(request.id);
-    range(out, request.volume, request.range);
-}
-
-fn encode_orphan_reply(out: &mut Writer, reply: &OrphanReply) {
-    out.u8(ORPHAN_REPLY);
-    out.u64(reply.id);
-    out.count(reply.blocks.len());
-    for (hash, changed) in &reply.blocks {
-        out.raw(hash);
-        out.bool(*changed);
-    }
-}
-
 fn encode_refuse(out: &mut Writer, refuse: &Refuse) {
     out.u8(REFUSE);
     out.u8(refuse.code.to_byte());
