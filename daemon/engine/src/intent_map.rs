@@ -142,6 +142,16 @@ impl IntentMap {
         (map, unreadable)
     }
 
+    /// The volume has grown: its new regions are clear. New pages are due to be written once, into a file that has grown
+    /// as well.
+    pub fn grow(&mut self, size: ByteCount) {
+        let pages = self.page_count();
+        self.regions = self.regions.max(size.0.div_ceil(self.region_bytes));
+        let added = pages..self.page_count();
+        self.pages.extend(added.clone().map(|_| Page::empty()));
+        self.stale.extend(added);
+    }
+
     /// Asks for the bits of every region that the range touches.
     ///
     /// Returns true if they are durable already: the home write may go. Otherwise they are wanted; the caller

@@ -16,6 +16,7 @@ use journal::{Change, Checkpoint, Cursor, Placement, Record};
 
 use super::MirrorSettings;
 use super::effect::{IoFailure, IoRequest, Loudness, Outbox, Purpose};
+use super::growth::issue_sizes;
 use super::secondary::Secondary;
 use super::window::{Begun, Hold, Point};
 
@@ -43,6 +44,8 @@ pub(super) struct ApplyItem {
     pub(super) done: bool,
     /// What it changes at home.
     pub(super) changes: Vec<Change>,
+    /// The sizes that it records.
+    pub(super) sizes: Vec<(VolumeIndex, ByteCount)>,
     /// If it commits: a point of the retention window.
     pub(super) point: Option<Point>,
     /// When the retention window lets it go home.
@@ -325,11 +328,13 @@ impl Secondary {
             .filter(|item| !item.done)
             .flat_map(|item| journal::without_voided(item.records.as_deref().unwrap_or_default()).cloned())
             .collect();
+        let records = self.room.with_zeros(records);
         let steps = plan(&records);
         self.applying.touched.extend(steps.iter().map(|step| step.volume));
         self.applying.stage = Stage::Writing;
         self.applying.failed = false;
-        self.applying.outstanding = issue(&steps, &records, Purpose::Apply, out);
+        self.applying.outstanding =
+            issue(&steps, &records, Purpose::Apply, out) + issue_sizes(&records, Purpose::Apply, out);
         if self.applying.outstanding == 0 {
             self.writes_ended(now);
         }

@@ -7,12 +7,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use block::{BlockCount, ByteRange, DATA_UNIT_BYTES, HostError, Lba, Position, VolumeIndex, WallTime};
+use block::{
+    BlockCount, ByteCount, ByteRange, DATA_UNIT_BYTES, HostError, Lba, Position, VolumeIndex, WallTime,
+};
 use bytes::Bytes;
 use engine::dirty_map::DirtyMap;
 use engine::overlay::{CutNumber, Overlay, PieceContent};
 
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose};
+use super::growth::raise;
 use super::image::{ImagePiece, Reader, Source};
 use super::secondary::Secondary;
 use super::window::{Point, RewindTo};
@@ -36,6 +39,15 @@ pub struct DrillSnapshot {
     pub scratch_bytes: u64,
     /// See above.
     pub scratch_bytes_max: u64,
+}
+
+/// A drill that has begun.
+#[derive(Clone, Debug)]
+pub struct DrillBegun {
+    /// What operators see of it.
+    pub snapshot: DrillSnapshot,
+    /// The sizes of the volumes at its point, in index order.
+    pub sizes: Vec<ByteCount>,
 }
 
 /// What the drill knows of a volume.
@@ -161,14 +173,14 @@ fn parts(map: &DirtyMap, range: ByteRange) -> Vec<(ByteRange, bool)> {
 }
 
 impl Secondary {
-    /// Begins a drill at a point of the window, or at the tip.
+    /// Begins a drill at a point of the window, or at the tip. `sizes` are those at home.
     fn start_drill(
         &mut self,
-        volumes: usize,
+        mut sizes: Vec<ByteCount>,
         at: Option<RewindTo>,
         scratch_bytes_max: u64,
         stamp: WallTime,
-    ) -> Result<DrillSnapshot, VerbRefused> {
+    ) -> Result<DrillBegun, VerbRefused> {
         let chosen = at.map(|at| self.point_at(at, stamp)).transpose()?;
         let (through, point) = match chosen {
             Some((through, point)) => (through, Some(point)),
@@ -181,13 +193,14 @@ impl Secondary {
         let waiting = self.applying.under_way().chain(&self.queue);
         for item in waiting.filter(|item| item.number <= through) {
             base.insert(item.number, &item.placement, &item.changes);
+            raise(&mut sizes, &item.sizes);
         }
         let drill = Drill {
             through,
             position: point.map_or_else(|| self.tip().position, |point: Point| point.tip.position),
             time: point.map(|point| point.seen),
             base,
-            blocks: vec![Blocks::default(); volumes],
+            blocks: vec![Blocks::default(); sizes.len()],
             scratch_blocks_max: scratch_bytes_max / DATA_UNIT_BYTES,
             writing: BTreeMap::new(),
             waiting: VecDeque::new(),
@@ -195,7 +208,7 @@ impl Secondary {
         };
         let snapshot = drill.snapshot();
         self.drill = Some(drill);
-        Ok(snapshot)
+        Ok(DrillBegun { snapshot, sizes })
     }
 
     /// The drill is over: what it has not answered fails, and its scratch can go.
@@ -433,9 +446,8 @@ impl Group {
         &mut self,
         at: Option<RewindTo>,
         scratch_bytes_max: u64,
-    ) -> Result<DrillSnapshot, VerbRefused> {
+    ) -> Result<DrillBegun, VerbRefused> {
         let stamp = self.stamp;
-        let volumes = self.volumes.len();
         let refused = |text: &str| Err(VerbRefused(text.to_owned()));
         let Some(mirror) = &mut self.mirror else {
             return refused("the volume has no mirror");
@@ -453,12 +465,11 @@ impl Group {
                 refused("a drill runs already: stop it with 'farshore mirror drill stop' first")
             }
             Machine::Secondary(secondary) => {
-                let started = secondary.start_drill(volumes, at, scratch_bytes_max, stamp)?;
-                self.out.log(
-                    Loudness::Info,
-                    format!("a drill began: its copy is at position {}", started.position),
-                );
-                Ok(started)
+                let sizes = mirror.settings.volumes.iter().map(|volume| volume.size).collect();
+                let begun = secondary.start_drill(sizes, at, scratch_bytes_max, stamp)?;
+                let position = begun.snapshot.position;
+                self.out.log(Loudness::Info, format!("a drill began: its copy is at position {position}"));
+                Ok(begun)
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use block::{ByteRange, HostError, HostResult, Monotonic, VolumeIndex};
+use block::{ByteCount, ByteRange, HostError, HostResult, Monotonic, VolumeIndex};
 use bytes::Bytes;
 use engine::{CommandId, StepId};
 use protocol::GroupState;
@@ -121,6 +121,21 @@ pub enum IoRequest {
     },
     /// Bring the spill file's completed writes to stable media.
     SpillSync,
+    /// Make a volume's files large enough for this size, durably; its size stays. Where they are it is done.
+    Grow {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// The room wanted.
+        size: ByteCount,
+    },
+    /// Make files and size of a volume this large, durably in catalogue and header, then call [`super::Group::resize`];
+    /// then answer. A volume that is as large already stays as it is.
+    Resize {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Its size from now on.
+        size: ByteCount,
+    },
     /// Make the group's state durable in catalogue and headers.
     Persist(Box<GroupState>),
 }
@@ -333,6 +348,10 @@ pub(super) enum Purpose {
     SpillRead { key: u64 },
     /// The spill made durable.
     SpillSync,
+    /// Room for a volume that grows.
+    Grow { volume: VolumeIndex, size: ByteCount },
+    /// The new size of a primary's volume.
+    Show { volume: VolumeIndex, size: ByteCount },
     /// The group's state.
     PersistState,
     /// A step of a role change.

@@ -6,13 +6,15 @@ use block::{ByteCount, ByteRange, Monotonic, Position, Sequence, VolumeIndex};
 use engine::dirty_map::DirtyMap;
 use protocol::GroupState;
 use protocol::{
-    Ack, AckOutcome, Hello, Message, PROTOCOL_VERSION, RefusalCode, Refuse, ResumePlan, SenderChain, Welcome,
+    Ack, AckOutcome, CompareRange, Hello, Message, PROTOCOL_VERSION, RefusalCode, Refuse, ResumePlan,
+    SenderChain, Welcome,
 };
 
-use super::MirrorSettings;
 use super::effect::{Effect, Loudness, Outbox, SessionId};
+use super::growth::has_blocks;
 use super::primary::{Gate, HaltedStart, Link, Primary};
-use super::rewind::united;
+use super::rewind::{inside, united};
+use super::{GroupVolume, MirrorSettings};
 
 /// The first wait before another attempt; doubles up to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
@@ -57,12 +59,16 @@ impl Primary {
             out.push(Effect::CloseSession { session, reason: "not wanted any more".into() });
             return;
         }
+        let room = |(index, volume): (usize, &GroupVolume)| {
+            let index = VolumeIndex(u16::try_from(index).unwrap_or(u16::MAX));
+            (volume.id, self.sizes.room(index, volume.size))
+        };
         let hello = Hello {
             version: PROTOCOL_VERSION,
             mirror: settings.mirror,
             position: self.position(),
             forks: state.forks.clone(),
-            volumes: settings.volumes.iter().map(|volume| (volume.id, volume.size)).collect(),
+            volumes: settings.volumes.iter().enumerate().map(room).collect(),
             echo: self.newest_echo(),
         };
         self.greeted_at = now;
@@ -107,6 +113,7 @@ impl Primary {
         self.trouble = Some(reason.to_owned());
         self.compare.session_lost();
         self.verify.session_lost();
+        self.sizes.session_lost();
         self.cut_due = None;
         self.retry(0, now);
     }
@@ -118,6 +125,7 @@ impl Primary {
         }
         self.compare.session_lost();
         self.verify.session_lost();
+        self.sizes.session_lost();
         self.cut_due = None;
         self.link = link;
     }
@@ -150,6 +158,10 @@ impl Primary {
                 LinkNews::Nothing
             }
             Message::PassRefused { pass, missing } => self.pass_refused(pass, missing, now, out),
+            Message::Grown { volume, size, trouble } => {
+                self.grown(volume, size, trouble, out);
+                LinkNews::Nothing
+            }
             Message::Hello(_)
             | Message::AbortPass { .. }
             | Message::HashRequest(_)
@@ -166,6 +178,7 @@ impl Primary {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::Grow { .. }
             | Message::Ping
             | Message::Pong { .. } => {
                 self.close(
@@ -239,6 +252,7 @@ impl Primary {
         self.link = Link::Up { session };
         self.trouble = None;
         self.hear_clock(welcome.clock);
+        self.sizes.heard(&welcome.sizes, self.volumes.len());
         let mut news = LinkNews::Heard;
         match plan {
             ResumePlan::SameIncarnation if self.chain.is_some() => {
@@ -330,7 +344,14 @@ impl Primary {
         self.inherit_age(welcome.age_bound_ms);
         self.orphaned = ByteCount(0);
         // The partner does not list what it had acknowledged here before a rewind discarded it.
-        let ranges = [&welcome.compare[..], &self.rewound].concat();
+        let listed = [&welcome.compare[..], &self.rewound].concat();
+        let clipped = listed.into_iter().map(|entry| {
+            let size = self.volumes.get(usize::from(entry.volume.0)).map_or(0, |volume| volume.size.0);
+            CompareRange { range: inside(entry.range, size), ..entry }
+        });
+        let mut ranges: Vec<_> = clipped.filter(|entry| !entry.range.is_empty()).collect();
+        // Nor where it has more of a volume than there is here.
+        ranges.extend(self.sizes.surplus(self.volumes.iter().map(|volume| volume.size)));
         self.compare.add_partner_ranges(&united(ranges));
         if state.overwrite_approved {
             self.begin_anew(welcome, out);
@@ -470,7 +491,7 @@ impl Primary {
             let staged: Vec<(VolumeIndex, ByteRange)> = self
                 .ring
                 .records(Sequence(0), through)
-                .filter(|record| !record.range.is_empty())
+                .filter(|record| has_blocks(record))
                 .map(|record| (record.volume, record.range))
                 .collect();
             for (volume, range) in staged {
@@ -500,6 +521,7 @@ impl Primary {
             return LinkNews::Nothing;
         }
         self.rpo.committed(sequence);
+        self.sizes.committed(&position);
         if let Some(time) = self.cut_time(sequence) {
             self.recovery_point = Some((position, time));
         }

@@ -9,6 +9,7 @@
 mod apply;
 mod drill;
 mod effect;
+mod growth;
 mod image;
 mod kept;
 mod link;
@@ -43,7 +44,7 @@ use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
 pub use control::{Overload, Side};
-pub use drill::{DrillIo, DrillSnapshot};
+pub use drill::{DrillBegun, DrillIo, DrillSnapshot};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use kept::KeptJournal;
 pub use orphans::{OrphanExtent, OrphanProgress};
@@ -137,6 +138,7 @@ impl RecoveredCuts {
                 records: None,
                 done: cut.header_only,
                 changes: cut.changes.clone(),
+                sizes: cut.sizes.clone(),
                 point: *point,
                 due: Monotonic(0),
             });
@@ -324,7 +326,8 @@ impl Group {
             mirror.machine = Machine::Primary(Box::new(primary));
         } else {
             let completes = recovered.completes;
-            let mut secondary = Secondary::new(redo.log, checkpoint, recovered);
+            let room = growth::Room::of(&mirror.settings);
+            let mut secondary = Secondary::new(redo.log, checkpoint, recovered, room);
             secondary.compare = roles::compare_ranges(&intents, &mirror.settings);
             // A commit of the new lineage made it whole, though the note of that is missing.
             if secondary.tip().position.epoch == mirror.state.epoch {
@@ -384,20 +387,6 @@ impl Group {
         self.stamp = if wall.0 > stamp { wall } else { WallTime(stamp) };
         self.now = now;
         self.wall = wall;
-    }
-
-    /// A volume without a mirror has grown; its file has already.
-    ///
-    /// # Panics
-    /// If the group is mirrored, or the volume would shrink.
-    pub fn resize(&mut self, volume: VolumeIndex, size: ByteCount, limit: IopsLimit) {
-        assert!(self.mirror.is_none(), "a mirrored volume keeps its size");
-        let now = self.now;
-        if let Some(slot) = self.slot(volume) {
-            slot.config = VolumeConfig { size, limit, ..slot.config };
-            slot.volume.set_size(size);
-            slot.volume.set_limit(now, limit);
-        }
     }
 
     /// True while hosts are served.
@@ -661,6 +650,7 @@ impl Group {
                 primary.dial_if_due(now, &mut self.out);
                 primary.compare_more(now, &mut self.out);
                 primary.open_gate_if_compared(&mut self.out);
+                primary.grow_more(&mut self.out);
                 if !mirror.planned.has_tip() {
                     primary.send_cuts(&mirror.settings, now, wall, &mut self.out);
                     copies = primary.plan_copies(now);
@@ -891,6 +881,8 @@ impl Group {
             }
             Purpose::PersistState => self.state_persisted(result.err()),
             Purpose::Transition => self.transition_done(result.err()),
+            Purpose::Grow { volume, size } => self.grown(volume, size, result.err()),
+            Purpose::Show { volume, size } => self.shown(volume, size, result.err()),
             Purpose::CopyRead { volume, range } => self.copy_read(volume, range, result),
             Purpose::VerifyRead { request } => self.verify_read(request, result),
             Purpose::SpillWrite { .. } | Purpose::SpillRead { .. } | Purpose::SpillSync => {
@@ -974,6 +966,8 @@ impl Group {
             | Purpose::SpillWrite { .. }
             | Purpose::SpillRead { .. }
             | Purpose::SpillSync
+            | Purpose::Grow { .. }
+            | Purpose::Show { .. }
             | Purpose::PersistState
             | Purpose::Transition
             | Purpose::SwitchFlush { .. }

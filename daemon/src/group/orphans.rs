@@ -15,7 +15,9 @@ use journal::RecordKind;
 use protocol::{HashRequest, Message, OrphanReply};
 
 use super::effect::{Effect, IoFailure, IoRequest, Outbox, Purpose, SessionId};
+use super::growth::has_blocks;
 use super::primary::{Primary, PrimaryVolume};
+use super::rewind::inside;
 use super::roles::StateChange;
 use super::{Group, Machine, VerbRefused};
 
@@ -128,7 +130,9 @@ impl Memory {
         }
         let held = primary.spill.held_records().filter(|record| record.sequence > after);
         for record in primary.ring.records(after, primary.last).chain(held) {
-            memory.note(record.volume, record.range);
+            if has_blocks(record) {
+                memory.note(record.volume, record.range);
+            }
             let at = primary.rpo.acknowledged_at(record.sequence);
             let at = at.map(|at| WallTime(wall.0.saturating_sub(now.0.saturating_sub(at.0))));
             match record.kind {
@@ -345,11 +349,19 @@ impl Group {
                 if primary.session() == Some(session) =>
             {
                 let HashRequest { id, volume, range } = *request;
-                let inside =
-                    primary.volumes.get(usize::from(volume.0)).is_some_and(|of| range.end() <= of.size.0);
-                if inside && range.length() <= QUESTION_BYTES {
-                    let purpose = Purpose::OrphanRead { session, id, volume, range };
-                    self.out.io(purpose, IoRequest::HomeRead { volume, range });
+                // A rewind may have left less of the volume here: what is not there cannot be equal.
+                let of = primary.volumes.get(usize::from(volume.0));
+                let here = of.map(|of| inside(range, of.size.0)).filter(|_| range.length() <= QUESTION_BYTES);
+                match here {
+                    Some(range) if range.is_empty() => {
+                        let frame = Message::OrphanReply(OrphanReply { id, blocks: Vec::new() }).encode();
+                        self.out.push(Effect::Send { session, frame });
+                    }
+                    Some(range) => {
+                        let purpose = Purpose::OrphanRead { session, id, volume, range };
+                        self.out.io(purpose, IoRequest::HomeRead { volume, range });
+                    }
+                    None => {}
                 }
                 true
             }

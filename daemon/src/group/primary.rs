@@ -20,6 +20,7 @@ use journal::{CutMeta, EncodedCut, Record, RecordKind, Ring};
 use protocol::{CompareRange, GroupState, RpoTracker, SenderChain};
 
 use super::effect::{Effect, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::growth::{Sizes, has_blocks};
 use super::rate::ByteLimit;
 use super::resync::{Compare, Copying};
 use super::spill::Spill;
@@ -165,6 +166,7 @@ pub(super) struct Primary {
     pub(super) compare: Compare,
     pub(super) copying: Copying,
     pub(super) verify: Verify,
+    pub(super) sizes: Sizes,
     pub(super) cut_due: Option<Monotonic>,
     /// The bytes of cuts.
     pub(super) bandwidth: ByteLimit,
@@ -241,6 +243,7 @@ impl Primary {
             compare,
             copying: Copying::default(),
             verify: Verify::default(),
+            sizes: Sizes::default(),
             cut_due: None,
             bandwidth: ByteLimit::new(settings.policy.bandwidth, now),
             copy_rate: ByteLimit::new(settings.policy.resync_rate, now),
@@ -469,6 +472,7 @@ impl Primary {
             && self.compare.is_done()
             && self.copying.is_idle()
             && through >= self.commit_floor
+            && !self.owes_sizes()
             && self.volumes.iter().all(|volume| volume.current.is_empty())
             && self.volumes.iter_mut().all(PrimaryVolume::bad_is_noted)
     }
@@ -487,6 +491,7 @@ impl Primary {
         }
         self.start_pass_if_needed(out);
         self.retry_bad(now, out);
+        self.push_sizes(now);
         while self.may_send() {
             let (after, limit) = (self.sent_through(), self.cut_limit());
             let through =
@@ -652,8 +657,9 @@ impl Primary {
     /// Every record leaves the ring for the dirty map: at a clean stop, or when its incarnation ends.
     pub(super) fn fold_ring(&mut self) {
         self.fold_spill();
+        self.sizes.forget_sent();
         for record in self.ring.clear() {
-            if !record.range.is_empty() {
+            if has_blocks(&record) {
                 self.volume(record.volume).current.set(record.range);
             }
         }

@@ -176,6 +176,12 @@ impl Primary {
             let frame =
                 Message::HashRequest(HashRequest { id: request, volume: region.volume, range: region.range });
             out.push(Effect::Send { session, frame: frame.encode() });
+            if region.range.offset() >= self.volume(region.volume).size.0 {
+                // A partner that was fenced has more of the volume: here it would be zeros.
+                let zeros = usize::try_from(region.range.length()).unwrap_or_default();
+                self.compare_home(request, Ok(Bytes::from(vec![0; zeros])));
+                continue;
+            }
             out.io(
                 Purpose::CompareRead { request },
                 IoRequest::HomeRead { volume: region.volume, range: region.range },
@@ -210,8 +216,11 @@ impl Primary {
             }
             differing += 1;
             let first = Lba(range.first_block().0 + index);
-            if let Some(block) = ByteRange::of_blocks(first, BlockCount(1)) {
-                self.volume(volume).current.set(block);
+            let of = self.volume(volume);
+            if let Some(block) = ByteRange::of_blocks(first, BlockCount(1))
+                && block.end() <= of.size.0
+            {
+                of.current.set(block);
             }
         }
         if orphan {

@@ -71,9 +71,12 @@ impl Target {
             return false;
         }
         self.discarded = vec![DirtyMap::default(); settings.volumes.len()];
+        let volumes: Vec<_> = settings.volumes.iter().map(|volume| volume.size.0).collect();
         for change in secondary.queue.iter().flat_map(|item| &item.changes) {
-            if let Some(map) = self.discarded.get_mut(usize::from(change.volume.0)) {
-                map.set(change.range);
+            let index = usize::from(change.volume.0);
+            if let (Some(map), Some(size)) = (self.discarded.get_mut(index), volumes.get(index)) {
+                // What a discarded resize made room for is not there any more: the old side zeroes it.
+                map.set(inside(change.range, *size));
             }
         }
         true
@@ -145,6 +148,11 @@ fn runs(map: &DirtyMap) -> impl Iterator<Item = ByteRange> {
         from = Lba(first.0.saturating_add(count.0));
         ByteRange::of_blocks(first, count)
     })
+}
+
+/// The part of a range that lies within a size.
+pub(super) fn inside(range: ByteRange, size: u64) -> ByteRange {
+    ByteRange::between(range.offset().min(size), range.end().min(size)).unwrap_or_default()
 }
 
 /// The dirty blocks; merged into a superset if they are many.

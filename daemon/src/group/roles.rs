@@ -187,13 +187,9 @@ impl Mirror {
                 hello.volumes.len()
             ));
         }
-        self.settings.volumes.iter().zip(&hello.volumes).find_map(|(ours, (id, size))| {
-            if ours.id != *id {
-                return Some(format!("volume {} is here where {id} is there", ours.id));
-            }
-            (ours.size != *size)
-                .then(|| format!("volume {id} has {} bytes here and {} bytes there", ours.size.0, size.0))
-        })
+        // A target may be larger than its primary, and makes room where it is smaller.
+        let other = self.settings.volumes.iter().zip(&hello.volumes).find(|(ours, (id, _))| ours.id != *id);
+        other.map(|(ours, (id, _))| format!("volume {} is here where {id} is there", ours.id))
     }
 
     /// Writes the next state, if one waits and none is being written.
@@ -832,7 +828,8 @@ impl Mirror {
             committed_cuts_newest: None,
             completes: false,
         };
-        let mut secondary = Secondary::new(log, checkpoint, empty);
+        let room = super::growth::Room::of(&self.settings);
+        let mut secondary = Secondary::new(log, checkpoint, empty, room);
         secondary.compare = compare_ranges(&self.intents, &self.settings);
         self.machine = Machine::Secondary(Box::new(secondary));
         assert_eq!(self.state.role, Role::Secondary, "the fence is durable");
@@ -865,6 +862,8 @@ pub(super) fn forget_primary(out: &mut Outbox) {
         | Purpose::Checkpoint
         | Purpose::PersistState
         | Purpose::Transition
+        | Purpose::Grow { .. }
+        | Purpose::Show { .. }
         | Purpose::OrphanHome { .. }
         | Purpose::SwitchMark => false,
     });

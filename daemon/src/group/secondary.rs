@@ -9,15 +9,17 @@ use std::collections::{BTreeMap, VecDeque};
 use block::{ByteCount, DATA_UNIT_BYTES, Monotonic, Position, Tip, WallTime};
 use bytes::Bytes;
 use engine::overlay::{CutNumber, Overlay};
-use journal::{Checkpoint, Cut, Placement, RedoFull, RedoLog};
+use journal::{Checkpoint, Cut, Placement, Record, RecordKind, RedoFull, RedoLog};
 use protocol::{
-    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, Message, ReceiverChain, Welcome,
+    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, Message, ReceiverChain, Refusal,
+    RefusalCode, Welcome,
 };
 
 use super::MirrorSettings;
 use super::apply::{ApplyItem, Applying};
 use super::drill::Drill;
 use super::effect::{Effect, IoFailure, IoRequest, Loudness, Outbox, Purpose, SessionId};
+use super::growth::{Room, issue_sizes};
 use super::image::{ImageReads, Reader};
 use super::verify::Verifying;
 use super::window::{ApplyRate, Begun, Hold, Point, Waiting};
@@ -105,6 +107,7 @@ pub(super) struct Secondary {
     pub(super) images: ImageReads,
     pub(super) drill: Option<Drill>,
     pub(super) last_drill_write: u64,
+    pub(super) room: Room,
     hashes: VecDeque<Hashing>,
     hashing: BTreeMap<u64, Hashing>,
     last_hash: u64,
@@ -129,11 +132,20 @@ pub(super) enum TargetNews {
 
 impl Secondary {
     /// A target that continues from its recovered redo log.
-    pub(super) fn new(log: RedoLog, checkpoint: Checkpoint, recovered: super::RecoveredCuts) -> Self {
+    pub(super) fn new(
+        log: RedoLog,
+        checkpoint: Checkpoint,
+        mut recovered: super::RecoveredCuts,
+        mut room: Room,
+    ) -> Self {
         let chain = ReceiverChain::new(recovered.durable, recovered.staged);
         let (mut waiting, mut overlay, mut begun) =
             (Waiting::default(), Overlay::default(), Begun::default());
+        for item in recovered.committed_cuts.iter_mut().chain(&mut recovered.staged_cuts) {
+            item.changes.splice(0..0, room.changes_behind(&item.sizes));
+        }
         for item in &recovered.committed_cuts {
+            room.committed(&item.sizes);
             waiting.add(item);
             overlay.insert(item.number, &item.placement, &item.changes);
             if item.placement.end() <= checkpoint.limit {
@@ -162,6 +174,7 @@ impl Secondary {
             drill: None,
             last_drill_write: 0,
             checkpoint,
+            room,
             next_checkpoint: None,
             incoming: VecDeque::new(),
             batch: None,
@@ -258,6 +271,18 @@ impl Secondary {
         let Some(Greeting { session, hello }) = self.greeting.take() else {
             return;
         };
+        let sizes: Vec<ByteCount> = hello.volumes.iter().map(|(_, size)| *size).collect();
+        match self.room_for(&sizes, out) {
+            Some(Ok(())) => {}
+            Some(Err(text)) => {
+                let refusal = Refusal { code: RefusalCode::NoSpace, text };
+                return super::refuse(session, state, refusal, out);
+            }
+            None => {
+                self.greeting = Some(Greeting { session, hello });
+                return;
+            }
+        }
         self.accepted = self.durable;
         self.session = Some(session);
         self.lineage = hello.position;
@@ -272,6 +297,7 @@ impl Secondary {
             age_bound_ms: age,
             compare: if state.diverged { self.compare.clone() } else { Vec::new() },
             clock: wall,
+            sizes: self.room.recorded().to_vec(),
         };
         out.push(Effect::Send { session, frame: Message::Welcome(welcome).encode() });
         out.log(
@@ -289,6 +315,7 @@ impl Secondary {
             Message::HashRequest(request) => self.hashes.push_back(Hashing { session, request }),
             Message::VerifyRequest(request) => self.verify_asked(request, out),
             Message::Orphans { bytes, waiting } => self.orphaned = Some((bytes, waiting)),
+            Message::Grow { volume, size } => self.wish_for_room(session, volume, size),
             Message::Hello(_)
             | Message::Welcome(_)
             | Message::Refuse(_)
@@ -307,6 +334,7 @@ impl Secondary {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::Grown { .. }
             | Message::Ping
             | Message::Pong { .. } => self.end_session("a message out of place", out),
         }
@@ -355,17 +383,11 @@ impl Secondary {
                 return self.end_session(&format!("a cut is damaged: {error}"), out);
             }
         };
-        if let Some(text) = records_beyond(&cut, settings) {
+        if let Some(text) = self.records_beyond(&cut) {
             out.log(Loudness::Error, text.clone());
             return self.end_session(&text, out);
         }
-        let arrival = Arrival {
-            tip: cut.tip,
-            previous: cut.meta.previous,
-            first: cut.meta.first,
-            commit: cut.meta.commit,
-            pass: cut.meta.pass,
-        };
+        let arrival = arrival(&cut);
         if self.durable.is_repeat(&arrival) && self.is_quiet() {
             return self.acknowledge(wall, out);
         }
@@ -406,6 +428,7 @@ impl Secondary {
         let keeps = settings.retention.window > std::time::Duration::ZERO;
         self.hold = if keeps && state.consistent && !state.diverged { Hold::Window } else { Hold::Nothing };
         self.welcome_if_quiet(state, wall, out);
+        self.grant_wishes(out);
         self.start_batch(state, out);
         self.apply_more(settings, now, out);
         self.hash_more(out);
@@ -444,7 +467,8 @@ impl Secondary {
                 .flat_map(|received| journal::without_voided(&received.cut.records).cloned())
                 .collect();
             let plan = engine::apply::plan(&records);
-            batch.outstanding = super::apply::issue(&plan, &records, Purpose::InitialApply, out);
+            batch.outstanding = super::apply::issue(&plan, &records, Purpose::InitialApply, out)
+                + issue_sizes(&records, Purpose::InitialApply, out);
             self.batch = Some(batch);
             self.batch_moved(out);
         } else {
@@ -595,14 +619,7 @@ impl Secondary {
                 continue;
             };
             let meta = &received.cut.meta;
-            let arrival = Arrival {
-                tip: received.cut.tip,
-                previous: meta.previous,
-                first: meta.first,
-                commit: meta.commit,
-                pass: meta.pass,
-            };
-            let followed = self.durable.accept(&arrival, &received.cut.tip.position);
+            let followed = self.durable.accept(&arrival(&received.cut), &received.cut.tip.position);
             assert_eq!(followed, Ok(()), "what was accepted follows the durable chain");
             let (commit, initial) = (meta.commit, meta.initial);
             let tip = received.cut.tip;
@@ -613,11 +630,19 @@ impl Secondary {
             });
             self.newest = point.or(self.newest);
             self.last_number = CutNumber(self.last_number.0 + 1);
+            let sizes = journal::sizes(&received.cut.records);
+            let mut changes = Vec::new();
+            if !initial {
+                // Nothing before a size in its cut lies behind it: a volume never becomes smaller.
+                changes = self.room.changes_behind(&sizes);
+                changes.extend(journal::changes(&received.cut.records));
+            }
             let item = ApplyItem {
                 number: self.last_number,
                 placement,
                 tip,
-                changes: if initial { Vec::new() } else { journal::changes(&received.cut.records) },
+                changes,
+                sizes,
                 records: (self.hold != Hold::Window).then_some(received.cut.records),
                 done: initial,
                 point: point.filter(|_| !initial),
@@ -646,6 +671,7 @@ impl Secondary {
     }
 
     fn commit_item(&mut self, item: ApplyItem) {
+        self.room.committed(&item.sizes);
         self.waiting.add(&item);
         self.overlay.insert(item.number, &item.placement, &item.changes);
         self.queue.push_back(item);
@@ -695,10 +721,26 @@ impl Secondary {
         out.push(Effect::Send { session: hashing.session, frame });
     }
 
+    /// Says which record lies outside the room of its volume, if one does.
+    fn records_beyond(&self, cut: &Cut) -> Option<String> {
+        // A new size makes its own room, should that of an earlier session be forgotten.
+        let beyond = |record: &&Record| {
+            record.kind != RecordKind::Resize && !self.room.holds(record.volume, record.range.end())
+        };
+        let beyond = cut.records.iter().find(beyond)?;
+        let (sequence, volume) = (beyond.sequence, beyond.volume.0);
+        Some(format!("a cut is refused: sequence {sequence} lies outside volume {volume}"))
+    }
+
     /// The image's tip.
     pub(super) const fn tip(&self) -> Tip {
         self.durable.durable()
     }
+}
+
+fn arrival(cut: &Cut) -> Arrival {
+    let meta = &cut.meta;
+    Arrival { tip: cut.tip, previous: meta.previous, first: meta.first, commit: meta.commit, pass: meta.pass }
 }
 
 fn write_redo(placement: &Placement, data: Bytes, out: &mut Outbox) -> usize {
@@ -710,14 +752,4 @@ fn write_redo(placement: &Placement, data: Bytes, out: &mut Outbox) -> usize {
     }
     out.io(Purpose::RedoWrite, IoRequest::RedoWrite { file, offset: placement.offset, data });
     writes
-}
-
-/// Says which record lies outside its volume, if one does.
-fn records_beyond(cut: &Cut, settings: &MirrorSettings) -> Option<String> {
-    cut.records.iter().find_map(|record| {
-        let size = settings.volumes.get(usize::from(record.volume.0)).map_or(0, |volume| volume.size.0);
-        (record.range.end() > size).then(|| {
-            format!("a cut is refused: sequence {} lies outside volume {}", record.sequence, record.volume.0)
-        })
-    })
 }

@@ -17,6 +17,7 @@ use journal::{
 
 use super::MirrorSettings;
 use super::effect::{IoFailure, IoRequest, Loudness, Outbox, Purpose};
+use super::growth::has_blocks;
 use super::kept::Keeping;
 use super::primary::{Gate, Primary};
 
@@ -68,7 +69,7 @@ impl SpilledBlocks {
         if self.newer.len() <= index {
             self.newer.resize_with(index + 1, DirtyMap::default);
         }
-        if let Some(map) = self.newer.get_mut(index).filter(|_| !record.range.is_empty()) {
+        if let Some(map) = self.newer.get_mut(index).filter(|_| has_blocks(record)) {
             map.set(record.range);
         }
         self.newer_through = self.newer_through.max(record.sequence);
@@ -649,6 +650,7 @@ impl Primary {
         if !self.spill.is_pending() {
             return;
         }
+        self.sizes.forget_sent();
         let maps = self.spill.stored_blocks(self.volumes.len());
         for (volume, map) in self.volumes.iter_mut().zip(&maps) {
             volume.current.union(map);
@@ -657,7 +659,7 @@ impl Primary {
         self.commit_floor = self.commit_floor.max(last.unwrap_or_default());
         for record in self.spill.drop_from(index) {
             self.commit_floor = self.commit_floor.max(record.sequence);
-            if !record.range.is_empty() {
+            if has_blocks(&record) {
                 self.volume(record.volume).current.set(record.range);
             }
         }

@@ -214,6 +214,9 @@ impl Primary {
                 "{bad} bytes cannot be read here, and the partner has their old content: repair the device first"
             ));
         }
+        if let Some(reason) = self.unfinished_growth() {
+            return Some(reason);
+        }
         let copying =
             self.pass.is_some() || self.folded_from.is_some() || self.has_dirty() || !self.compare.is_done();
         copying.then(|| {
@@ -248,7 +251,9 @@ impl Mirror {
             return Some("cuts cannot be applied here: look at the log of this site".to_owned());
         }
         let ours = secondary.tip().position;
-        let tip = tip?;
+        let Some(tip) = tip else {
+            return secondary.room.outgrows_primary(&self.settings);
+        };
         let whole = secondary.is_quiet() && secondary.durable.staged().is_none();
         (!whole || ours != tip.position).then(|| {
             format!("the role was given up at position {}, but the image here is at {ours}", tip.position)

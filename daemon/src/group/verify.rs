@@ -88,6 +88,8 @@ impl Asked {
 #[derive(Debug)]
 struct Job {
     repair_from: Option<Side>,
+    /// The volumes' sizes when it began: what grows meanwhile is compared by the next one.
+    sizes: Vec<ByteCount>,
     /// The next range: volume and byte.
     cursor: (usize, u64),
     again: VecDeque<Piece>,
@@ -169,31 +171,31 @@ impl Verify {
 
 impl Job {
     /// The next piece that is due, if any; the caller takes it with [`Self::take`].
-    fn peek(&self, volumes: &[ByteCount], now: Monotonic) -> Option<Piece> {
+    fn peek(&self, now: Monotonic) -> Option<Piece> {
         if let Some(piece) = self.again.iter().find(|piece| piece.due <= now) {
             return Some(*piece);
         }
         let (index, offset) = self.cursor;
-        let size = volumes.get(index).filter(|_| self.again.len() < AGAIN_MAX)?;
+        let size = self.sizes.get(index).filter(|_| self.again.len() < AGAIN_MAX)?;
         let end = size.0.min(offset + VERIFY_BLOCKS_MAX * DATA_UNIT_BYTES);
         let range = ByteRange::between(offset, end)?;
         let volume = VolumeIndex(u16::try_from(index).ok()?);
         Some(Piece { volume, range, tries: 0, differed: false, due: Monotonic(0) })
     }
 
-    fn take(&mut self, volumes: &[ByteCount], now: Monotonic) {
+    fn take(&mut self, now: Monotonic) {
         if let Some(place) = self.again.iter().position(|piece| piece.due <= now) {
             self.again.remove(place);
             return;
         }
         let (index, offset) = self.cursor;
-        let size = volumes.get(index).map_or(0, |size| size.0);
+        let size = self.sizes.get(index).map_or(0, |size| size.0);
         let end = size.min(offset + VERIFY_BLOCKS_MAX * DATA_UNIT_BYTES);
         self.cursor = if end >= size { (index + 1, 0) } else { (index, end) };
     }
 
-    fn has_compared(&self, volumes: usize) -> bool {
-        self.cursor.0 >= volumes && self.again.is_empty() && self.asked.is_empty()
+    fn has_compared(&self) -> bool {
+        self.cursor.0 >= self.sizes.len() && self.again.is_empty() && self.asked.is_empty()
     }
 }
 
@@ -223,11 +225,13 @@ impl Primary {
             let text = "a flush failed here, and what is on the device is not known: restart farshored first";
             return Err(VerbRefused(text.to_owned()));
         }
-        let total = self.volumes.iter().map(|volume| volume.size.0).sum();
+        let sizes: Vec<ByteCount> = self.volumes.iter().map(|volume| volume.size).collect();
+        let total = sizes.iter().map(|size| size.0).sum();
         self.verify.report =
             Some(VerifyReport::begun(repair_from, ByteCount(total), self.volumes.len(), wall));
         self.verify.job = Some(Job {
             repair_from,
+            sizes,
             cursor: (0, 0),
             again: VecDeque::new(),
             asked: BTreeMap::new(),
@@ -244,14 +248,13 @@ impl Primary {
         if !self.may_verify() {
             return planned;
         }
-        let sizes: Vec<ByteCount> = self.volumes.iter().map(|volume| volume.size).collect();
         let Some(job) = &mut self.verify.job else { return planned };
         loop {
             let reading = job.asked.values().filter(|asked| asked.step.is_some()).count() + planned.len();
             if reading >= READS_MAX || job.asked.len() >= ASKED_MAX {
                 return planned;
             }
-            let Some(piece) = job.peek(&sizes, now) else {
+            let Some(piece) = job.peek(now) else {
                 job.wakes_at = job.again.iter().map(|piece| piece.due).filter(|due| *due > now).min();
                 return planned;
             };
@@ -259,7 +262,7 @@ impl Primary {
                 return planned;
             }
             self.copy_rate.spent(piece.range.length());
-            job.take(&sizes, now);
+            job.take(now);
             self.verify.last += 1;
             let asked = Asked {
                 piece,
@@ -426,8 +429,7 @@ impl Primary {
 
     /// Takes the verify to its end, once everything is compared.
     pub(super) fn end_verify(&mut self, wall: WallTime, out: &mut Outbox) {
-        let volumes = self.volumes.len();
-        let Some(job) = self.verify.job.as_ref().filter(|job| job.has_compared(volumes)) else { return };
+        let Some(job) = self.verify.job.as_ref().filter(|job| job.has_compared()) else { return };
         let done = match job.repair_from {
             None => true,
             Some(Side::Local) => self.repair_by_pass(),
@@ -548,9 +550,10 @@ fn mark(into: &mut DirtyMap, map: &DirtyMap, range: ByteRange) {
 mod tests {
     use super::*;
 
-    fn job() -> Job {
+    fn job(blocks: &[u64]) -> Job {
         Job {
             repair_from: None,
+            sizes: blocks.iter().map(|count| BlockCount(*count).bytes()).collect(),
             cursor: (0, 0),
             again: VecDeque::new(),
             asked: BTreeMap::new(),
@@ -566,25 +569,23 @@ mod tests {
 
     #[test]
     fn the_pieces_are_all_blocks_of_all_volumes_once() {
-        let sizes = [5, 64, 130].map(|count| BlockCount(count).bytes());
-        let mut job = job();
-        let mut seen = vec![DirtyMap::default(); sizes.len()];
-        while let Some(piece) = job.peek(&sizes, Monotonic(1)) {
-            job.take(&sizes, Monotonic(1));
+        let mut job = job(&[5, 64, 130]);
+        let mut seen = vec![DirtyMap::default(); job.sizes.len()];
+        while let Some(piece) = job.peek(Monotonic(1)) {
+            job.take(Monotonic(1));
             assert!((1..=VERIFY_BLOCKS_MAX).contains(&piece.range.block_count().0));
             let map = &mut seen[usize::from(piece.volume.0)];
             let before = map.count().0;
             map.set(piece.range);
             assert_eq!(map.count().0, before + piece.range.block_count().0, "no block twice");
         }
-        assert!(job.has_compared(sizes.len()));
-        assert!(seen.iter().zip(sizes).all(|(map, size)| map.count().bytes() == size));
+        assert!(job.has_compared());
+        assert!(seen.iter().zip(&job.sizes).all(|(map, size)| map.count().bytes() == *size));
     }
 
     #[test]
     fn a_piece_that_is_due_comes_before_new_ones_and_many_of_them_hold_new_ones_back() {
-        let sizes = [BlockCount(100).bytes()];
-        let mut job = job();
+        let mut job = job(&[100]);
         let later = Piece {
             volume: VolumeIndex(0),
             range: blocks(9, 1),
@@ -593,12 +594,12 @@ mod tests {
             due: Monotonic(50),
         };
         job.again.push_back(later);
-        assert_eq!(job.peek(&sizes, Monotonic(49)).unwrap().range, blocks(0, 64));
-        assert_eq!(job.peek(&sizes, Monotonic(50)).unwrap().range, blocks(9, 1));
-        job.take(&sizes, Monotonic(50));
+        assert_eq!(job.peek(Monotonic(49)).unwrap().range, blocks(0, 64));
+        assert_eq!(job.peek(Monotonic(50)).unwrap().range, blocks(9, 1));
+        job.take(Monotonic(50));
         assert!(job.again.is_empty() && job.cursor == (0, 0));
         job.again.extend(std::iter::repeat_n(later, AGAIN_MAX));
-        assert!(job.peek(&sizes, Monotonic(49)).is_none());
+        assert!(job.peek(Monotonic(49)).is_none());
     }
 
     #[test]

@@ -79,6 +79,10 @@ pub struct MirrorSnapshot {
     pub spilled: ByteCount,
     /// How far behind the target is, and what is done about it.
     pub pressure: Pressure,
+    /// A volume is growing.
+    pub growing: bool,
+    /// Why the last growth ended without its size.
+    pub growth_failure: Option<String>,
 }
 
 /// A volume's counters as the group knows them.
@@ -139,6 +143,8 @@ impl Group {
                 drill: None,
                 spilled: ByteCount(0),
                 pressure: Pressure::default(),
+                growing: false,
+                growth_failure: None,
             },
         };
         let reason = mirror.offered_reason().or(snapshot.reason);
@@ -228,6 +234,8 @@ impl Primary {
             memory: ByteCount(self.ring.bytes() + self.spill.held_bytes()),
             spilled: ByteCount(self.spill.space.used_bytes()),
             pressure: Pressure::default(),
+            growing: self.sizes.is_growing(),
+            growth_failure: self.sizes.failure(),
         }
     }
 }
@@ -282,6 +290,8 @@ impl Secondary {
             drill: self.drill_snapshot(),
             spilled: ByteCount(0),
             pressure: Pressure::default(),
+            growing: false,
+            growth_failure: None,
         }
     }
 }

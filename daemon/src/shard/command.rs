@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::tls::TlsSession;
 use crate::group::{
-    CleanState, DrillSnapshot, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings,
+    CleanState, DrillBegun, GroupVolume, IoFailure, IoId, LossReport, MirrorPolicy, MirrorSettings,
     MirrorSnapshot, OpenedMirror, OrphanProgress, RewindTo, SwitchProgress, VerbRefused, VerifyReport,
     VolumeSnapshot,
 };
@@ -94,7 +94,7 @@ pub struct DrillStart {
     pub drill: GroupKey,
     /// The copy's volumes, in index order: home is the scratch file.
     pub files: Vec<VolumeFiles>,
-    /// The same.
+    /// The same; their sizes become those at the drill's point.
     pub volumes: Vec<GroupVolume>,
     /// See [`crate::group::Group::start_drill`].
     pub at: Option<RewindTo>,
@@ -135,6 +135,15 @@ pub enum Verb {
     Policy(MirrorPolicy),
     /// Find the writes that the new primary never had.
     Orphans,
+    /// Let a volume grow.
+    Grow {
+        /// Which volume.
+        volume: block::VolumeIndex,
+        /// Its new size.
+        size: ByteCount,
+    },
+    /// Give a growth up that takes too long.
+    GiveUpGrowth,
 }
 
 /// A group as operators see it.
@@ -274,7 +283,7 @@ pub enum ShardCommand {
         /// The drill.
         start: Box<DrillStart>,
         /// The outcome.
-        done: oneshot::Sender<Result<DrillSnapshot, VerbRefused>>,
+        done: oneshot::Sender<Result<DrillBegun, VerbRefused>>,
     },
     /// How is a group?
     Snapshot {
@@ -314,6 +323,19 @@ pub enum ShardNews {
     },
     /// Open the keys of the group's volumes, then answer with [`ShardCommand::Unlocked`].
     Unlock(GroupKey),
+    /// Make room for a volume, then answer with [`ShardCommand::Persisted`].
+    Grow {
+        /// Which group.
+        key: GroupKey,
+        /// To be carried back.
+        io: IoId,
+        /// Which volume of it.
+        volume: VolumeId,
+        /// The room wanted.
+        size: ByteCount,
+        /// It is to be the volume's size: store it, and send [`ShardCommand::Resize`] before the answer.
+        stored: bool,
+    },
     /// Hosts may open the group's volumes.
     Presented(GroupKey),
     /// Hosts may not, for this reason.

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::command::DrillStart;
 use super::datapath::Pending;
 use super::{GroupKey, GroupStart, Shard, ShardNews, VolumeFiles};
-use crate::group::{DrillIo, DrillSnapshot, VerbRefused};
+use crate::group::{DrillBegun, DrillIo, VerbRefused};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -24,9 +24,9 @@ impl Shard {
         &mut self,
         key: GroupKey,
         start: DrillStart,
-        done: oneshot::Sender<Result<DrillSnapshot, VerbRefused>>,
+        done: oneshot::Sender<Result<DrillBegun, VerbRefused>>,
     ) {
-        let DrillStart { drill, files, volumes, at, scratch_bytes_max } = start;
+        let DrillStart { drill, files, mut volumes, at, scratch_bytes_max } = start;
         let mut started = Err(VerbRefused("the mirror is gone".to_owned()));
         let scratch: Vec<File> = files.iter().map(|files: &VolumeFiles| files.home.clone()).collect();
         self.with_group(key, |served, _| {
@@ -35,7 +35,10 @@ impl Shard {
                 served.scratch = scratch;
             }
         });
-        if started.is_ok() {
+        if let Ok(begun) = &started {
+            for (volume, size) in volumes.iter_mut().zip(&begun.sizes) {
+                volume.size = *size;
+            }
             self.add(drill, files, GroupStart::Alone(volumes));
             if let Some(served) = self.groups.get_mut(&drill) {
                 served.drill_of = Some(key);

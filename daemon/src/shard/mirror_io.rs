@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 
-use block::{ByteRange, VolumeIndex};
+use block::{ByteCount, ByteRange, VolumeIndex};
 use bytes::Bytes;
 use protocol::{Hello, Message};
 use replicator::{Refusal, SessionEvent, SessionHandle};
@@ -107,7 +107,18 @@ impl Shard {
                 }
                 None => self.no_file(key, io, "flushing the spill file"),
             },
+            IoRequest::Grow { volume, size } => self.grow(key, io, volume, size, false),
+            IoRequest::Resize { volume, size } => self.grow(key, io, volume, size, true),
             IoRequest::Persist(state) => self.tell(ShardNews::Persist { key, io, state }),
+        }
+    }
+
+    /// Files grow, and sizes are stored, on threads that may wait.
+    fn grow(&mut self, key: GroupKey, io: IoId, volume: VolumeIndex, size: ByteCount, stored: bool) {
+        let served = self.groups.get(&key).and_then(|served| served.volumes.get(usize::from(volume.0)));
+        match served.map(|served| served.files.id) {
+            Some(volume) => self.tell(ShardNews::Grow { key, io, volume, size, stored }),
+            None => self.no_file(key, io, "growing a volume"),
         }
     }
 

@@ -517,6 +517,11 @@ impl Shard {
                 Verb::Switch => served.group.switch().map(|()| None),
                 Verb::Policy(policy) => served.group.set_policy(policy).map(|()| None),
                 Verb::Orphans => served.group.search_orphans().map(|()| None),
+                Verb::Grow { volume, size } => served.group.grow(volume, size).map(|()| None),
+                Verb::GiveUpGrowth => {
+                    served.group.give_up_growth();
+                    Ok(None)
+                }
             };
             let _ = done.send(result);
         });

@@ -16,7 +16,7 @@ use super::volumes::problem;
 use super::{Site, files, lock};
 use crate::api::OperationError;
 use crate::catalogue::{MirrorRecord, VolumeRecord};
-use crate::group::{DrillSnapshot, RewindTo};
+use crate::group::{DrillBegun, DrillSnapshot, RewindTo};
 use crate::shard::{DrillStart, GroupKey, ShardCommand, Verb, VolumeFiles};
 
 const FOLDER: &str = "drill";
@@ -83,7 +83,7 @@ impl Site {
         for (volume, home) in volumes.iter().zip(scratch) {
             let cipher = Some(self.unlock(volume)?);
             let name = export_name(volume);
-            self.exports().insert_as(&name, volume, Some(drill), "the drill begins");
+            self.exports().insert_as(&name, volume, None, "the drill begins");
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: None, cipher });
         }
         let start = DrillStart {
@@ -98,10 +98,23 @@ impl Site {
         let started = started
             .await
             .map_err(|_| problem(ProblemKind::Internal, "the mirror's shard does not answer"))?;
-        started.map(|_| ()).map_err(|refused| {
+        let begun = started.map_err(|refused| {
             let detail = format!("a drill of mirror '{}' cannot begin: {refused}", mirror.name);
             problem(ProblemKind::Refused, detail)
-        })
+        })?;
+        self.export_drill(key, drill, volumes, &begun);
+        Ok(())
+    }
+
+    /// Exports the copy, in the sizes that its volumes had at its point; unless the drill has ended meanwhile.
+    fn export_drill(&self, key: GroupKey, drill: GroupKey, volumes: &[VolumeRecord], begun: &DrillBegun) {
+        let drills = lock(&self.drills);
+        if drills.get(&key).is_none_or(|copy| copy.group != drill) {
+            return;
+        }
+        for (volume, size) in volumes.iter().zip(&begun.sizes) {
+            self.exports().present_copy(&export_name(volume), drill, *size);
+        }
     }
 
     /// Ends a drill; returns when its scratch space is free.

@@ -62,6 +62,13 @@ impl Exports {
         }
     }
 
+    /// A copy that was added without a group is presented, in its own size.
+    pub(super) fn present_copy(&self, name: &str, group: GroupKey, size: ByteCount) {
+        if let Some(export) = self.write().get_mut(name) {
+            *export = Export { size, group: Some(group), presented: Ok(()), ..export.clone() };
+        }
+    }
+
     /// A volume's size or access has changed; connections that are handed over from now on have the new one.
     pub(super) fn update(&self, volume: &VolumeRecord) {
         let mut exports = self.write();
@@ -239,6 +246,23 @@ mod tests {
         assert!(!hand_over(&host("b"), true));
         exports.remove("named");
         assert!(!hand_over(&host("a"), true));
+    }
+
+    #[test]
+    fn a_copy_has_its_own_size_and_the_volumes_access() {
+        let exports = site();
+        let open = volume("open", VolumeAccess::default());
+        exports.insert_as("open@drill", &open, None, "it begins");
+        exports.present(GROUP, &Ok(()));
+        assert!(exports.seen_by(&Peer::default(), None).find("open@drill").is_err());
+        exports.update(&VolumeRecord { size: ByteCount(4 << 20), access: listed(&["a"]), ..open });
+        exports.present_copy("open@drill", GROUP, ByteCount(3 << 20));
+        assert!(
+            exports.seen_by(&Peer::default(), None).find("open@drill").is_err(),
+            "the access has changed"
+        );
+        let seen = exports.seen_by(&host("a"), None).find("open@drill").unwrap();
+        assert_eq!(seen.size, ByteCount(3 << 20));
     }
 
     #[test]

@@ -11,11 +11,13 @@ use std::path::{Path, PathBuf};
 
 use block::{ByteCount, MirrorId, Tip, VolumeId};
 use bytes::Bytes;
+use control::Cache;
 use engine::intent_map::IntentMap;
 use journal::{Checkpoint, PAGE_BYTES, Recovered, RecoveryStop, RedoConfig, RedoLog};
 use protocol::GroupState;
 use store::{BufferPool, File};
 
+use crate::catalogue::VolumeRecord;
 use crate::group::OpenedMirror;
 use crate::shard::RedoFiles;
 
@@ -72,6 +74,20 @@ pub(super) fn create_intent(
     let map = IntentMap::new(volume, size, region);
     let file = File::create_thick(&path, map.file_bytes().0, true)?;
     Ok((map, file))
+}
+
+/// Makes a volume's home and its intent map large enough for `size`, durably.
+pub(super) fn grow(
+    folder: &Path,
+    volume: &VolumeRecord,
+    size: ByteCount,
+    region: ByteCount,
+) -> Result<(), FilesError> {
+    let home = folder.join(DATA_FILE);
+    File::open(&home, volume.cache == Cache::None)?.grow(&home, size.0)?;
+    let intent = folder.join(INTENT_FILE);
+    let map = IntentMap::new(volume.id, size, region);
+    Ok(File::open(&intent, true)?.grow(&intent, map.file_bytes().0)?)
 }
 
 /// Reads a volume's intent map; pages that cannot be read count as set.

@@ -338,6 +338,10 @@ impl Site {
                     let site = Arc::clone(&self);
                     tokio::task::spawn_blocking(move || site.unlock_for(key));
                 }
+                ShardNews::Grow { key, io, volume, size, stored } => {
+                    let site = Arc::clone(&self);
+                    tokio::task::spawn_blocking(move || site.grow_member(key, io, volume, size, stored));
+                }
                 ShardNews::Presented(key) => self.exports.present(key, &Ok(())),
                 ShardNews::Withdrawn(key, reason) => self.exports.present(key, &Err(reason)),
                 ShardNews::DrillEnded { key, reason } => {

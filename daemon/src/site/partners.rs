@@ -190,6 +190,8 @@ impl Site {
             | Message::Created { .. }
             | Message::Deleted
             | Message::AccessSet
+            | Message::Grow { .. }
+            | Message::Grown { .. }
             | Message::Pong { .. } => {
                 refusal(RefusalCode::Protocol, "the first message must be a question".to_owned())
             }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use block::{ByteRange, Sequence, VolumeIndex};
+use block::{ByteCount, ByteRange, Sequence, VolumeIndex};
 
 use crate::cut::head_length;
 use crate::{Record, RecordKind};
@@ -64,6 +64,12 @@ pub fn changes(records: &[Record]) -> Vec<Change> {
     changes
 }
 
+/// The sizes that a cut records, in order.
+pub fn sizes(records: &[Record]) -> Vec<(VolumeIndex, ByteCount)> {
+    let resizes = without_voided(records).filter(|record| record.kind == RecordKind::Resize);
+    resizes.map(|record| (record.volume, ByteCount(record.range.end()))).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use block::{MirrorId, Tip, WallTime};
@@ -86,6 +92,27 @@ mod tests {
         let newer = [record(7, RecordKind::Write, 9, 1), Record::void(Sequence(7), VolumeIndex(0))];
         let merged: Vec<&Record> = without_voided(&older).chain(without_voided(&newer)).collect();
         assert_eq!(merged, [&older[0]]);
+    }
+
+    #[test]
+    fn a_size_is_no_change_and_is_told_beside_them() {
+        let resize = |sequence, volume| Record {
+            sequence: Sequence(sequence),
+            volume: VolumeIndex(volume),
+            kind: RecordKind::Resize,
+            range: ByteRange::new(0, sequence * 4096).unwrap(),
+            payload: Bytes::new(),
+        };
+        let records = [
+            resize(3, 1),
+            record(4, RecordKind::Zero, 0, 1),
+            resize(5, 0),
+            resize(6, 1),
+            Record::void(Sequence(6), VolumeIndex(1)),
+        ];
+        assert_eq!(changes(&records).len(), 1);
+        let told = [(VolumeIndex(1), ByteCount(3 * 4096)), (VolumeIndex(0), ByteCount(5 * 4096))];
+        assert_eq!(sizes(&records), told);
     }
 
     #[test]

@@ -20,7 +20,7 @@ mod ring;
 mod segment;
 mod spill;
 
-pub use change::{Change, ChangeContent, changes, without_voided};
+pub use change::{Change, ChangeContent, changes, sizes, without_voided};
 pub use checkpoint::Checkpoint;
 pub use cut::{Cut, CutMeta, CutSize, EncodedCut, decode, encode, header_only, peek};
 pub use error::{CutError, PageError, RecordFault};

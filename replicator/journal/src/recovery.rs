@@ -5,13 +5,13 @@
 
 use std::collections::BTreeMap;
 
-use block::{ChainHash, MirrorId, Tip};
+use block::{ByteCount, ChainHash, MirrorId, Tip, VolumeIndex};
 use bytes::Bytes;
 
 use crate::redo::Segment;
 use crate::{
     CUT_HEADER_BYTES, Change, Checkpoint, Cursor, CutError, CutMeta, PAGE_BYTES, Placement, RedoConfig,
-    RedoLog, SegmentHeader, changes, decode, peek,
+    RedoLog, SegmentHeader, changes, decode, peek, sizes,
 };
 
 /// A cut found in the log.
@@ -27,6 +27,8 @@ pub struct RecoveredCut {
     pub header_only: bool,
     /// What it changes at home; nothing if it is there already.
     pub changes: Vec<Change>,
+    /// The sizes that it records; none if it is there already.
+    pub sizes: Vec<(VolumeIndex, ByteCount)>,
 }
 
 /// Why the scan went no further. All but `ScanStartLost` occur after ordinary crashes.
@@ -324,6 +326,7 @@ impl Scan {
             tip: cut.tip,
             header_only: cut.header_only,
             changes: if cut.header_only { Vec::new() } else { changes(&cut.records) },
+            sizes: if cut.header_only { Vec::new() } else { sizes(&cut.records) },
         });
     }
 }

@@ -66,7 +66,8 @@ pub(crate) fn decode_access(input: &mut Reader<'_>) -> Result<MirrorAccess, Code
     Ok(MirrorAccess { tls_required, read_only, hosts })
 }
 
-pub(crate) fn encode_set_access(out: &mut Writer, set: &SetAccess) {
+pub(crate) fn encode_set_access(out: &mut Writer, kind: u8, set: &SetAccess) {
+    out.u8(kind);
     out.raw(&set.mirror.to_bytes());
     out.u64(set.epoch.0);
     out.count(set.volumes.len());

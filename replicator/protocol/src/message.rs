@@ -93,6 +93,8 @@ pub struct Welcome {
     pub compare: Vec<CompareRange>,
     /// The target's clock.
     pub clock: WallTime,
+    /// The sizes of its volumes as of its image, in index order.
+    pub sizes: Vec<ByteCount>,
 }
 
 /// A session or request is refused; nothing was changed.
@@ -224,6 +226,22 @@ pub enum Message {
         /// Everything that its hosts ever wrote.
         tip: Tip,
     },
+    /// Primary to target: make room for a volume that is to grow.
+    Grow {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// The room wanted.
+        size: ByteCount,
+    },
+    /// Target to primary: the answer.
+    Grown {
+        /// Which volume.
+        volume: VolumeIndex,
+        /// The room that was wanted.
+        size: ByteCount,
+        /// Why there is none; empty if there is.
+        trouble: String,
+    },
     /// Site to partner, first frame of its own session.
     CreateMirror(CreateMirror),
     /// The partner holds the secondary.
@@ -279,6 +297,8 @@ const VERIFY_REQUEST: u8 = 24;
 const VERIFY_REPLY: u8 = 25;
 const SET_ACCESS: u8 = 22;
 const ACCESS_SET: u8 = 23;
+const GROW: u8 = 26;
+const GROWN: u8 = 27;
 
 impl Message {
     /// The frame's bytes.
@@ -327,6 +347,11 @@ impl Message {
                 out.u8(RELINQUISH);
                 out.tip(tip);
             }
+            Self::Grow { volume, size } => encode_grow(&mut out, GROW, *volume, *size),
+            Self::Grown { volume, size, trouble } => {
+                encode_grow(&mut out, GROWN, *volume, *size);
+                out.counted(cut_short(trouble).as_bytes());
+            }
             Self::CreateMirror(create) => encode_create(&mut out, create),
             Self::Created { site } => {
                 out.u8(CREATED);
@@ -338,10 +363,7 @@ impl Message {
                 out.u64(epoch.0);
             }
             Self::Deleted => out.u8(DELETED),
-            Self::SetAccess(set) => {
-                out.u8(SET_ACCESS);
-                encode_set_access(&mut out, set);
-            }
+            Self::SetAccess(set) => encode_set_access(&mut out, SET_ACCESS, set),
             Self::AccessSet => out.u8(ACCESS_SET),
             Self::Ping => out.u8(PING),
             Self::Pong { site, name } => {
@@ -394,6 +416,12 @@ impl Message {
             SWITCH_ASK => Self::SwitchAsk,
             SWITCH_READY => Self::SwitchReady { trouble: input.text("trouble", TEXT_BYTES_MAX)? },
             RELINQUISH => Self::Relinquish { tip: input.tip()? },
+            GROW => Self::Grow { volume: VolumeIndex(input.u16()?), size: ByteCount(input.u64()?) },
+            GROWN => Self::Grown {
+                volume: VolumeIndex(input.u16()?),
+                size: ByteCount(input.u64()?),
+                trouble: input.text("trouble", TEXT_BYTES_MAX)?,
+            },
             CREATE_MIRROR => Self::CreateMirror(decode_create(&mut input)?),
             CREATED => Self::Created { site: input.site()? },
             DELETE_MIRROR => Self::DeleteMirror {
@@ -412,6 +440,12 @@ impl Message {
         input.finish()?;
         Ok(message)
     }
+}
+
+fn encode_grow(out: &mut Writer, kind: u8, volume: VolumeIndex, size: ByteCount) {
+    out.u8(kind);
+    out.u16(volume.0);
+    out.u64(size.0);
 }
 
 fn range(out: &mut Writer, volume: VolumeIndex, range: ByteRange) {
@@ -495,6 +529,8 @@ fn encode_welcome(out: &mut Writer, welcome: &Welcome) {
     out.count(welcome.compare.len());
     welcome.compare.iter().for_each(|entry| range(out, entry.volume, entry.range));
     out.u64(welcome.clock.0);
+    out.count(welcome.sizes.len());
+    welcome.sizes.iter().for_each(|size| out.u64(size.0));
 }
 
 fn decode_welcome(input: &mut Reader<'_>) -> Result<Welcome, CodecError> {
@@ -507,7 +543,9 @@ fn decode_welcome(input: &mut Reader<'_>) -> Result<Welcome, CodecError> {
     let count = input.count("compare", RANGES_MAX)?;
     let compare = (0..count).map(|_| compare_range(input)).collect::<Result<_, _>>()?;
     let clock = input.wall_time()?;
-    Ok(Welcome { tip, staged, consistent, diverged, relinquished, age_bound_ms, compare, clock })
+    let count = input.count("sizes", VOLUMES_MAX)?;
+    let sizes = (0..count).map(|_| Ok(ByteCount(input.u64()?))).collect::<Result<_, CodecError>>()?;
+    Ok(Welcome { tip, staged, consistent, diverged, relinquished, age_bound_ms, compare, clock, sizes })
 }
 
 fn encode_ack(out: &mut Writer, ack: &Ack) {
@@ -669,6 +707,7 @@ mod tests {
                 age_bound_ms: Some(10),
                 compare: vec![CompareRange { volume: VolumeIndex(0), range }],
                 clock: WallTime(77),
+                sizes: vec![ByteCount(1 << 30), ByteCount(1 << 20)],
             }),
             Message::Refuse(Refuse {
                 code: RefusalCode::StaleEpoch,
@@ -688,6 +727,8 @@ mod tests {
             Message::SwitchAsk,
             Message::SwitchReady { trouble: "locked".into() },
             Message::Relinquish { tip },
+            Message::Grow { volume: VolumeIndex(1), size: ByteCount(1 << 21) },
+            Message::Grown { volume: VolumeIndex(1), size: ByteCount(1 << 21), trouble: "full".into() },
         ]
     }
 

@@ -361,6 +361,8 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
             volumes: vec![volume],
         }),
         Message::SetAccess(protocol::SetAccess { mirror: MIRROR, epoch: Epoch(3), volumes: vec![access] }),
+        Message::Grow { volume: block::VolumeIndex(0), size: ByteCount(1 << 21) },
+        Message::Grown { volume: block::VolumeIndex(0), size: ByteCount(1 << 21), trouble: "full".into() },
         Message::Ping,
     ];
     messages.iter().map(|message| message.encode().to_vec()).collect()

@@ -34,6 +34,8 @@ impl World {
                 GroupState::new_secondary(primary)
             },
             clean: None,
+            sizes: plan.first_blocks.clone(),
+            rooms: plan.first_blocks.clone(),
             group: None,
             process: 1,
             pending: std::collections::BTreeMap::new(),
@@ -99,8 +101,8 @@ impl World {
             let (redo, checkpoint) = self.recover(site);
             let volumes = self.plan.volume_blocks.len();
             let region = ByteCount(self.plan.region_bytes);
-            let intents = (0..volumes)
-                .map(|volume| IntentMap::new(volume_id(volume), self.volume_size(volume), region));
+            let size = |volume: usize| BlockCount(self.plan.first_blocks[volume]).bytes();
+            let intents = (0..volumes).map(|volume| IntentMap::new(volume_id(volume), size(volume), region));
             let opened = OpenedMirror { intents: intents.collect(), clean: None, redo, checkpoint };
             let (settings, state, now) =
                 (self.settings(site), self.sites[site].state.clone(), self.monotonic(site));
@@ -163,10 +165,16 @@ impl World {
             let mark = file.mark();
             file.sync(mark);
         }
+        (0..self.plan.volume_blocks.len()).for_each(|volume| self.resized(site, volume));
         self.check_restarted(site);
         let (mut redo, mut checkpoint) = self.recover(site);
         let volumes = self.plan.volume_blocks.len();
-        let intents = (0..volumes).map(|volume| self.durable_intent(site, volume)).collect();
+        let intent = |volume: usize| {
+            let size = BlockCount(self.sites[site].sizes[volume]).bytes();
+            let bytes = self.sites[site].files[self.intent_file(volume)].stable();
+            Self::load_intent(bytes, volume, size, self.plan.region_bytes)
+        };
+        let intents = (0..volumes).map(intent).collect();
         let state = self.sites[site].state.clone();
         if state.role == Role::Primary
             && let Some(next) = redo.void(&checkpoint)
@@ -215,7 +223,14 @@ impl World {
                     known.files[file].land_partly(offset, &content, permille, &mut self.random);
                 }
                 super::site::Operation::Persist(state) if self.random.chance(500) => known.state = *state,
-                super::site::Operation::Persist(_)
+                super::site::Operation::Grow { volume, blocks, stored } if self.random.chance(500) => {
+                    known.rooms[volume] = blocks.max(known.rooms[volume]);
+                    if stored {
+                        known.sizes[volume] = blocks.max(known.sizes[volume]);
+                    }
+                }
+                super::site::Operation::Grow { .. }
+                | super::site::Operation::Persist(_)
                 | super::site::Operation::Sync { .. }
                 | super::site::Operation::Read { .. }
                 | super::site::Operation::Nothing => {}

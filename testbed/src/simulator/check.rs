@@ -17,20 +17,23 @@ use super::{oracle, size};
 pub(super) struct Exposed {
     pub(super) tip: Position,
     pub(super) hashes: Vec<u64>,
+    /// Blocks of each volume.
+    pub(super) sizes: Vec<u64>,
 }
 
 impl World {
     /// What a start from `files` would expose as the target's committed image.
-    fn exposed(&self, files: &[VirtualFile]) -> Exposed {
-        self.exposed_at(files, None)
+    fn exposed(&self, site: usize, files: &[VirtualFile]) -> Exposed {
+        self.exposed_at(site, files, None)
     }
 
     /// The same with only the committed cuts up to a position.
-    pub(super) fn exposed_at(&self, files: &[VirtualFile], at: Option<&Position>) -> Exposed {
+    pub(super) fn exposed_at(&self, site: usize, files: &[VirtualFile], at: Option<&Position>) -> Exposed {
         let (recovered, _) = self.recover_from(files);
         let volumes = self.plan.volume_blocks.len();
         let mut homes: Vec<Vec<u8>> =
             files.iter().take(volumes).map(|file| file.current().to_vec()).collect();
+        let mut sizes = self.sites[site].sizes.clone();
         let committed = recovered.cuts.iter().rposition(|cut| cut.meta.commit).map_or(0, |last| last + 1);
         let wanted =
             |cut: &&RecoveredCut| !cut.header_only && at.is_none_or(|at| cut.tip.position.order(at).is_le());
@@ -38,16 +41,16 @@ impl World {
             let file = self.segment_file(cut.placement.file_index);
             let bytes = files[file].read(cut.placement.offset, cut.placement.length);
             if let Ok(decoded) = journal::decode(&bytes) {
-                overlay(&mut homes, &decoded.records);
+                overlay(&mut homes, &mut sizes, &decoded.records);
             }
         }
         let hashes = homes.iter().flat_map(|home| home.chunks_exact(4096).map(oracle::hash)).collect();
-        Exposed { tip: recovered.durable_tip.position, hashes }
+        Exposed { tip: recovered.durable_tip.position, hashes, sizes }
     }
 
     /// The blocks of a target's image as a start would expose it now.
     pub(super) fn exposed_hashes(&self, site: usize) -> Vec<u64> {
-        self.exposed(&self.sites[site].files).hashes
+        self.exposed(site, &self.sites[site].files).hashes
     }
 
     pub(super) fn has_image(&self, site: usize, tip: &Position) -> bool {
@@ -60,8 +63,18 @@ impl World {
             return;
         }
         self.statistics.images += 1;
+        self.check_sizes(site, &image.sizes, when);
         let (lineage, sequence) = (oracle::key(&image.tip), image.tip.sequence.0);
         self.compare_image(site, lineage, sequence, &image.hashes, when);
+    }
+
+    /// Hosts saw no more of a volume than the image has.
+    pub(super) fn check_sizes(&mut self, site: usize, sizes: &[u64], when: &str) {
+        if sizes.iter().zip(&self.shown).any(|(size, shown)| size < shown) {
+            let shown = &self.shown;
+            let text = format!("{when}: site {site} has {sizes:?} blocks, hosts have seen {shown:?}");
+            self.fail(text);
+        }
     }
 
     pub(super) fn compare_image(
@@ -91,9 +104,9 @@ impl World {
         let image = if power {
             let mut files = self.sites[site].files.clone();
             files.iter_mut().for_each(|file| file.lose_power(&mut self.random));
-            self.exposed(&files)
+            self.exposed(site, &files)
         } else {
-            self.exposed(&self.sites[site].files)
+            self.exposed(site, &self.sites[site].files)
         };
         self.check_acked(site, &image.tip, when);
         self.check_image(site, &image, when);
@@ -159,6 +172,8 @@ impl World {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::Grow { .. }
+            | Message::Grown { .. }
             | Message::Ping
             | Message::Pong { .. } => {}
         }
@@ -170,6 +185,23 @@ impl World {
         self.sites[site].acked_tip = Some(*tip);
         if let Some(owner) = self.oracle.owner(oracle::key(tip)) {
             self.oracle.committed(owner, tip);
+        }
+    }
+
+    /// Nothing is read or written where a volume has no room.
+    pub(super) fn check_room(&mut self, site: usize, volume: block::VolumeIndex, end: u64) {
+        let room = self.sites[site].rooms[usize::from(volume.0)] * 4096;
+        if end > room {
+            self.fail(format!("site {site} uses volume {} up to byte {end}, it has {room}", volume.0));
+        }
+    }
+
+    /// A size became durable at a site. What a primary shows that was replaced is no promise any more.
+    pub(super) fn resized(&mut self, site: usize, volume: usize) {
+        let (state, other) = (&self.sites[site].state, &self.sites[1 - site].state);
+        let replaced = other.role == Role::Primary && other.epoch > state.epoch;
+        if state.role == Role::Primary && !replaced {
+            self.shown[volume] = self.shown[volume].max(self.sites[site].sizes[volume]);
         }
     }
 
@@ -331,9 +363,9 @@ impl World {
             if power {
                 let mut files = self.sites[target].files.clone();
                 files.iter_mut().for_each(|file| file.lose_power(&mut self.random));
-                self.exposed(&files).hashes
+                self.exposed(target, &files).hashes
             } else {
-                self.exposed(&self.sites[target].files).hashes
+                self.exposed(target, &self.sites[target].files).hashes
             }
         };
         let home = self.home_hashes(primary);
@@ -342,7 +374,8 @@ impl World {
         for volume in 0..self.plan.volume_blocks.len() {
             let ours = self.durable_intent(primary, volume);
             let theirs = both.then(|| self.durable_intent(target, volume));
-            for index in 0..self.plan.volume_blocks[volume] {
+            // What a target has behind its primary's size is nobody's, until a record has zeroed it.
+            for index in 0..self.sites[primary].sizes[volume] {
                 let block = self.first_block(volume) + size(index);
                 let range = block::ByteRange::new(index * 4096, 4096).unwrap_or_default();
                 let covered =
@@ -375,7 +408,14 @@ impl World {
             && ours.backlog.0 == 0
             && ours.rpo == Some(Duration::ZERO)
             && !self.sites[secondary].state.diverged
-            && self.home_hashes(primary) == self.exposed(&self.sites[secondary].files).hashes
+            && !ours.growing
+            && self.same_image(primary, secondary)
+    }
+
+    fn same_image(&self, primary: usize, secondary: usize) -> bool {
+        let image = self.exposed(secondary, &self.sites[secondary].files);
+        let smaller = image.sizes.iter().zip(&self.sites[primary].sizes).any(|(theirs, ours)| theirs < ours);
+        !smaller && self.home_hashes(primary) == image.hashes
     }
 
     pub(super) fn check_final(&mut self) {
@@ -401,10 +441,15 @@ impl World {
 }
 
 /// Applies records one after the other.
-fn overlay(homes: &mut [Vec<u8>], records: &[Record]) {
+fn overlay(homes: &mut [Vec<u8>], sizes: &mut [u64], records: &[Record]) {
     for record in records {
         let range = size(record.range.offset())..size(record.range.end());
         let home = &mut homes[usize::from(record.volume.0)];
+        if record.kind == RecordKind::Resize {
+            let known = &mut sizes[usize::from(record.volume.0)];
+            *known = (*known).max(record.range.end() / 4096);
+            home[range.end..].fill(0);
+        }
         match record.kind {
             RecordKind::Write | RecordKind::Copy => home[range].copy_from_slice(&record.payload),
             RecordKind::Zero | RecordKind::Trim | RecordKind::CopyZero => home[range].fill(0),

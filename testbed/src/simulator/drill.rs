@@ -32,6 +32,8 @@ struct Request {
 #[derive(Debug)]
 pub(super) struct DrillModel {
     point: Position,
+    /// The blocks of its volumes.
+    sizes: Vec<u64>,
     /// What was read of the image, or written.
     known: BTreeMap<usize, u64>,
     /// Of these, what the drill wrote.
@@ -79,8 +81,11 @@ impl World {
         self.tell(|| format!("an operator starts a drill of site {site} at {at:?}: {started:?}"));
         if let Some(Ok(started)) = started {
             self.statistics.drills += 1;
+            let sizes: Vec<u64> = started.sizes.iter().map(|size| size.0 / 4096).collect();
+            self.check_drill_sizes(site, &started.snapshot.position, &sizes);
             self.sites[site].drill = Some(DrillModel {
-                point: started.position,
+                point: started.snapshot.position,
+                sizes,
                 known: BTreeMap::new(),
                 written: BTreeMap::new(),
                 busy: BTreeSet::new(),
@@ -90,11 +95,23 @@ impl World {
         self.pump(site);
     }
 
+    /// A drill has the sizes that a failover to its point would have.
+    fn check_drill_sizes(&mut self, site: usize, point: &Position, sizes: &[u64]) {
+        let image = self.exposed_at(site, &self.sites[site].files, Some(point));
+        if image.sizes != sizes {
+            let text =
+                format!("the drill of site {site} at {point} has {sizes:?} blocks, not {:?}", image.sizes);
+            self.fail(text);
+        }
+    }
+
     /// The drill's hosts issue some requests; no two of them overlap.
     pub(super) fn drill_turn(&mut self, site: usize) {
         for _ in 0..=self.random.below(3) {
             let volume = self.random.index(self.plan.volume_blocks.len());
-            let blocks = self.plan.volume_blocks[volume];
+            let Some(blocks) = self.sites[site].drill.as_ref().map(|drill| drill.sizes[volume]) else {
+                return;
+            };
             let near = if self.random.chance(600) { self.plan.hot_blocks.min(blocks) } else { blocks };
             let first = self.random.below(near);
             let count = 1 + self.random.below(self.plan.write_blocks_max.min(blocks - first));

@@ -59,7 +59,7 @@ impl World {
             Operation::Sync { file, .. } if *file < homes => Zone::HomeSync,
             Operation::Write { .. } | Operation::Sync { .. } => Zone::Redo,
             Operation::Read { file, .. } if *file < homes => Zone::HomeRead,
-            Operation::Persist(_) => Zone::State,
+            Operation::Persist(_) | Operation::Grow { .. } => Zone::State,
             Operation::Read { .. } => Zone::RedoRead,
             Operation::Nothing => return false,
         };
@@ -162,6 +162,7 @@ impl World {
             }
             Fault::SetPolicy => self.order_policy(),
             Fault::Verify => self.order_verify(),
+            Fault::Grow => self.order_growth(),
         }
     }
 
@@ -187,6 +188,24 @@ impl World {
         let done = self.enter(site).is_some_and(order);
         self.tell(|| format!("an operator orders {name} at site {site}: {done}"));
         self.pump(site);
+    }
+
+    fn order_growth(&mut self) {
+        if self.random.chance(100) {
+            return self.verb("to give a growth up", |group| {
+                group.give_up_growth();
+                true
+            });
+        }
+        let Some(site) = self.site_in(Role::Primary) else { return };
+        let volume = self.random.index(self.plan.volume_blocks.len());
+        let size = self.sites[site].sizes[volume];
+        let most = self.plan.volume_blocks[volume];
+        if size < most {
+            let blocks = size + 1 + self.random.below(most - size);
+            let index = block::VolumeIndex(u16::try_from(volume).unwrap_or(0));
+            self.verb("growth", |group| group.grow(index, block::BlockCount(blocks).bytes()).is_ok());
+        }
     }
 
     pub(super) fn order_start(&mut self) {

@@ -57,7 +57,7 @@ impl World {
 
     fn host_command(&mut self, site: usize) {
         let volume = self.random.index(self.plan.volume_blocks.len());
-        let blocks = self.plan.volume_blocks[volume];
+        let blocks = self.sites[site].sizes[volume];
         let bytes = blocks * 4096;
         let command = match self.random.below(100) {
             0..=54 => HostCommand::Write { range: self.whole_units(blocks), fua: self.random.chance(50) },
@@ -71,7 +71,7 @@ impl World {
             78..=80 => {
                 HostCommand::WriteZeroes { range: self.part(bytes), fua: false, no_hole: true, fast: false }
             }
-            81 if bytes > 1 << 20 => {
+            81 if bytes >= (1 << 20) + 8192 => {
                 let range = ByteRange::new(self.random.below(2) * 8192, 1 << 20).unwrap_or_default();
                 HostCommand::Trim { range, fua: self.random.chance(300) }
             }

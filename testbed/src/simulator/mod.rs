@@ -22,6 +22,8 @@ mod check;
 mod disk;
 mod drill;
 mod fault;
+#[cfg(test)]
+mod growing;
 mod host;
 mod network;
 mod oracle;
@@ -82,6 +84,8 @@ pub struct Statistics {
     pub images: u64,
     /// Verifies that found and repaired what was planted.
     pub verified: u64,
+    /// Volumes that grew at their primary.
+    pub grown: u64,
     /// Segments written to spill files.
     pub spilled: u64,
     /// Starts that went on with a clean stop's journal.
@@ -103,6 +107,7 @@ impl Statistics {
         self.staged += other.staged;
         self.images += other.images;
         self.verified += other.verified;
+        self.grown += other.grown;
         self.spilled += other.spilled;
         self.continued += other.continued;
     }

@@ -89,7 +89,7 @@ impl World {
         self.keys += 1;
         let key = self.keys;
         let usual = match &operation {
-            Operation::Sync { .. } | Operation::Persist(_) => 400_000,
+            Operation::Sync { .. } | Operation::Persist(_) | Operation::Grow { .. } => 400_000,
             Operation::Write { .. } | Operation::Read { .. } => 80_000,
             Operation::Nothing => 5_000,
         };
@@ -127,6 +127,9 @@ impl World {
         let (Some(sequence), Some(lineage)) = (sequence, self.sites[site].lineage) else {
             return self.fail(format!("site {site} issues a home write of {range} without a sequence"));
         };
+        if range.end() > self.sites[site].sizes[file] * 4096 {
+            return self.fail(format!("site {site} issues a host's write of {range} beyond its volume"));
+        }
         if self.sites[site].state.role != Role::Primary {
             return self.fail(format!("site {site} issues a host's write although it is the secondary"));
         }
@@ -198,6 +201,7 @@ impl World {
                 if self.sites[site].state.role == Role::Primary && !self.sites[1 - site].searching {
                     self.check_rate(site, true, range.length());
                 }
+                self.check_room(site, volume, range.end());
                 return self.read(site, usize::from(volume.0), range, answer);
             }
             IoRequest::RedoRead { file, offset, length } => {
@@ -214,13 +218,22 @@ impl World {
                 return self.read(site, self.spill_file(), range, answer);
             }
             IoRequest::SpillWrite { .. } => self.statistics.spilled += 1,
-            IoRequest::HomeWrite { .. } | IoRequest::HomeZero { .. } => self.check_target_write(site),
+            IoRequest::HomeWrite { volume, offset, ref data } => {
+                self.check_room(site, volume, offset + wide(data.len()));
+                self.check_target_write(site);
+            }
+            IoRequest::HomeZero { volume, range, .. } => {
+                self.check_room(site, volume, range.end());
+                self.check_target_write(site);
+            }
             IoRequest::Persist(ref state) => {
                 if let Some(text) = self.persist_fault(site, state) {
                     return self.fail(text);
                 }
             }
-            IoRequest::HomeFlush { .. }
+            IoRequest::Grow { .. }
+            | IoRequest::Resize { .. }
+            | IoRequest::HomeFlush { .. }
             | IoRequest::IntentWrite { .. }
             | IoRequest::RedoWrite { .. }
             | IoRequest::RedoSync { .. }
@@ -259,6 +272,8 @@ impl World {
                 write(self.checkpoint_file(), slot * journal::PAGE_BYTES, Content::Data(page), true)
             }
             IoRequest::Persist(state) => Operation::Persist(state),
+            IoRequest::Grow { volume, size } => growth(volume, size, false),
+            IoRequest::Resize { volume, size } => growth(volume, size, true),
         };
         self.start(site, operation, answer);
     }
@@ -300,10 +315,33 @@ impl World {
                     self.persisted(site, *state);
                 }
             }
+            Operation::Grow { volume, blocks, stored } => {
+                if !failed {
+                    self.grow(site, volume, blocks, stored);
+                }
+            }
             Operation::Nothing => {}
         }
         self.answer(site, answer, data, failed);
         self.pump(site);
+    }
+
+    /// A volume gets room, and a size if that is to be stored.
+    fn grow(&mut self, site: usize, volume: usize, blocks: u64, stored: bool) {
+        let known = &mut self.sites[site];
+        known.rooms[volume] = blocks.max(known.rooms[volume]);
+        if !stored || blocks <= known.sizes[volume] {
+            return;
+        }
+        known.sizes[volume] = blocks;
+        self.statistics.grown += u64::from(known.state.role == Role::Primary);
+        self.resized(site, volume);
+        self.tell(|| format!("site {site} stored {blocks} blocks as the size of volume {volume}"));
+        let limit = self.limit();
+        if let Some(group) = self.enter(site) {
+            let index = VolumeIndex(u16::try_from(volume).unwrap_or(0));
+            group.resize(index, block::BlockCount(blocks).bytes(), limit);
+        }
     }
 
     fn answer(&mut self, site: usize, answer: Answer, data: Bytes, failed: bool) {
@@ -506,4 +544,8 @@ impl World {
     pub(super) fn is_stopping(&self, site: usize) -> bool {
         self.sites[site].stopping != Stopping::No
     }
+}
+
+fn growth(volume: VolumeIndex, size: block::ByteCount, stored: bool) -> Operation {
+    Operation::Grow { volume: usize::from(volume.0), blocks: size.0 / 4096, stored }
 }

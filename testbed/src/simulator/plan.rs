@@ -43,6 +43,7 @@ pub(super) enum Fault {
     StopInOutage,
     SetPolicy,
     Verify,
+    Grow,
 }
 
 impl Fault {
@@ -77,14 +78,17 @@ impl Fault {
         Self::StopInOutage,
         Self::SetPolicy,
         Self::Verify,
+        Self::Grow,
     ];
 }
 
 /// The shape of a run.
 #[derive(Clone, Debug)]
 pub(super) struct Plan {
-    /// Blocks of each volume.
+    /// Blocks that each volume may come to have,
     pub(super) volume_blocks: Vec<u64>,
+    /// and has at first.
+    pub(super) first_blocks: Vec<u64>,
     pub(super) region_bytes: u64,
     pub(super) intent_budget_regions: u64,
     pub(super) ring: RingBudget,
@@ -143,6 +147,10 @@ impl Plan {
             // A switch meets every other fault only if it is ordered often enough.
             faults.extend([Fault::Switch, Fault::Switch]);
         }
+        // Growth meets every other fault only if it is ordered often enough, as the mirror must be at rest for it.
+        if random.chance(250) {
+            faults.extend([Fault::Grow; 3]);
+        }
         if random.chance(100) {
             faults.clear();
         }
@@ -157,8 +165,14 @@ impl Plan {
         if !faults.is_empty() && random.chance(400) {
             faults.push(Fault::Drill);
         }
+        let first_blocks = if faults.contains(&Fault::Grow) {
+            volume_blocks.iter().map(|blocks| blocks / [1, 2, 4][random.index(3)]).collect()
+        } else {
+            volume_blocks.clone()
+        };
         Self {
             volume_blocks,
+            first_blocks,
             region_bytes,
             intent_budget_regions: [0, 2, 1000][random.index(3)],
             ring: RingBudget { bytes_max: ring_bytes, records_max: [16, 64, 1000][random.index(3)] },

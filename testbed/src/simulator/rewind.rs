@@ -88,19 +88,21 @@ impl World {
         }
     }
 
-    /// A primary begins an epoch at its fork: only an ordered rewind leaves out what was acknowledged.
-    pub(super) fn check_fork(&mut self, site: usize, fork: &Position) {
+    /// A primary begins an epoch at its fork: only an ordered rewind leaves out what was acknowledged. True if it did.
+    pub(super) fn check_fork(&mut self, site: usize, fork: &Position) -> bool {
         let rewind = self.sites[site].rewind.take();
         let Some(acked) = self.sites[site].acked_tip.filter(|acked| fork.order(acked).is_lt()) else {
-            return;
+            return false;
         };
         if rewind != Some(*fork) {
-            return self.fail(format!(
+            self.fail(format!(
                 "site {site} begins an epoch at {fork} although it acknowledged {acked} (rewind: {rewind:?})"
             ));
+            return false;
         }
         self.sites[site].acked_tip = Some(*fork);
         self.oracle.rewound.insert(self.sites[site].state.epoch.0);
+        true
     }
 
     /// The oldest point of the window is what it claims to be: home and the cuts up to it.
@@ -110,7 +112,7 @@ impl World {
         if !self.has_image(site, &point) || self.was_planted() {
             return;
         }
-        let image = self.exposed_at(&self.sites[site].files, Some(&point));
+        let image = self.exposed_at(site, &self.sites[site].files, Some(&point));
         self.statistics.images += 1;
         self.note(wide(image.hashes.len()));
         let (lineage, sequence) = (oracle::key(&point), point.sequence.0);

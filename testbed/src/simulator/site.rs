@@ -34,6 +34,12 @@ pub(super) enum Operation {
         first: Bytes,
     },
     Persist(Box<GroupState>),
+    /// Room for a volume of so many blocks; its size too if it is to be stored.
+    Grow {
+        volume: usize,
+        blocks: u64,
+        stored: bool,
+    },
     Nothing,
 }
 
@@ -42,7 +48,7 @@ impl Operation {
     pub(super) const fn file(&self) -> Option<usize> {
         match self {
             Self::Write { file, .. } | Self::Sync { file, .. } | Self::Read { file, .. } => Some(*file),
-            Self::Persist(_) | Self::Nothing => None,
+            Self::Persist(_) | Self::Grow { .. } | Self::Nothing => None,
         }
     }
 }
@@ -94,6 +100,9 @@ pub(super) struct Site {
     /// As it stands on stable media.
     pub(super) state: GroupState,
     pub(super) clean: Option<CleanState>,
+    /// Blocks of the volumes, durably, and how many their files have.
+    pub(super) sizes: Vec<u64>,
+    pub(super) rooms: Vec<u64>,
     pub(super) group: Option<Group>,
     /// Counts the processes.
     pub(super) process: u64,

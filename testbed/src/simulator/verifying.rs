@@ -98,7 +98,7 @@ impl World {
                 break;
             }
             let volume = self.random.index(self.plan.volume_blocks.len());
-            let index = self.random.below(self.plan.volume_blocks[volume]);
+            let index = self.random.below(self.sites[primary].sizes[volume]);
             let byte = index * 4096 + self.random.below(4096);
             let block = self.first_block(volume) + size(index);
             if !self.bad.contains(&block) && self.planted.blocks.insert(block) {

@@ -55,6 +55,8 @@ pub(super) struct World {
     pub(super) planted: Planted,
     /// Hosts write until then although everything is healed.
     pub(super) load_again_until: u64,
+    /// The most blocks of each volume that a primary has shown to hosts.
+    pub(super) shown: Vec<u64>,
     pub(super) hash: u64,
     pub(super) trace: Option<VecDeque<String>>,
     trace_lines: usize,
@@ -77,6 +79,7 @@ impl World {
         let mut random = Random::new(seed);
         let plan = Plan::new(&mut random);
         let sites = [Self::new_site(&plan, 0), Self::new_site(&plan, 1)];
+        let shown = plan.first_blocks.clone();
         Self {
             plan,
             random,
@@ -93,6 +96,7 @@ impl World {
             bad: std::collections::BTreeSet::new(),
             planted: Planted::default(),
             load_again_until: 0,
+            shown,
             hash: seed,
             trace: (trace_lines > 0).then(VecDeque::new),
             trace_lines,
@@ -129,13 +133,14 @@ impl World {
         self.events.insert((self.now + delay, self.order), event);
     }
 
+    pub(super) fn limit(&self) -> IopsLimit {
+        let limit = self.plan.iops.and_then(std::num::NonZeroU32::new);
+        limit.map_or(IopsLimit::Unlimited, IopsLimit::PerSecond)
+    }
+
     pub(super) fn settings(&self, site: usize) -> MirrorSettings {
-        let limit = self
-            .plan
-            .iops
-            .and_then(std::num::NonZeroU32::new)
-            .map_or(IopsLimit::Unlimited, IopsLimit::PerSecond);
-        let volumes = self.plan.volume_blocks.iter().enumerate().map(|(index, blocks)| GroupVolume {
+        let limit = self.limit();
+        let volumes = self.sites[site].sizes.iter().enumerate().map(|(index, blocks)| GroupVolume {
             id: volume_id(index),
             size: block::BlockCount(*blocks).bytes(),
             limit,
@@ -302,8 +307,15 @@ impl World {
         {
             self.check_switch(site, &fork, &base);
         }
-        self.check_fork(site, &fork);
+        let rewound = self.check_fork(site, &fork);
         if !self.oracle.knows_epoch(lineage.0) {
+            let sizes = self.sites[site].sizes.clone();
+            if rewound {
+                // To before a growth, perhaps: hosts see what there was then.
+                self.shown.clone_from(&sizes);
+            }
+            self.check_sizes(site, &sizes, "promotion");
+            (0..sizes.len()).for_each(|volume| self.resized(site, volume));
             // What the new epoch does not contain is lost, or an orphan.
             self.oracle.acked.iter_mut().for_each(std::collections::VecDeque::clear);
             self.oracle.history.iter_mut().for_each(Vec::clear);

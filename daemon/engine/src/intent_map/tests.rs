@@ -77,6 +77,30 @@ fn a_new_map_is_written_once_and_loads_clear() {
 }
 
 #[test]
+fn a_map_that_grows_keeps_its_bits_and_has_the_new_regions_clear_also_after_a_load() {
+    let small = ByteCount(PAGE_REGIONS * REGION - 3 * REGION);
+    let mut map = IntentMap::new(VOLUME, small, ByteCount(REGION));
+    let mut file = File(vec![0; index(new().file_bytes().0)]);
+    settle(&mut map, &mut file);
+    map.request(region(5));
+    let write = map.poll_write().unwrap();
+    // It grows while a page is in flight, into the page's last regions and two pages more.
+    map.grow(ByteCount(REGIONS * REGION - 1));
+    file.write(&write, 0xFF);
+    map.written(write.page, write.generation, Ok(()));
+    assert_eq!(file.load().1, [1, 2], "a page that was never written counts as set");
+    settle(&mut map, &mut file);
+    assert!(!map.request(region(REGIONS - 1)) && !map.request(region(PAGE_REGIONS - 1)));
+    settle(&mut map, &mut file);
+    let set = [5, PAGE_REGIONS - 1, REGIONS - 1];
+    assert!(map.set_regions().eq(set));
+    let (loaded, unreadable) = file.load();
+    assert!(unreadable.is_empty() && loaded.set_regions().eq(set));
+    map.grow(small);
+    assert!(map.is_durable(region(REGIONS - 1)), "a map does not shrink");
+}
+
+#[test]
 fn wanted_bits_of_a_page_go_out_in_one_write() {
     let mut map = new();
     let mut file = File::of(&map);
