@@ -166,6 +166,8 @@ impl Primary {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::SetKeys(_)
+            | Message::KeysSet
             | Message::Ping
             | Message::Pong { .. } => {
                 self.close(

@@ -307,6 +307,8 @@ impl Secondary {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::SetKeys(_)
+            | Message::KeysSet
             | Message::Ping
             | Message::Pong { .. } => self.end_session("a message out of place", out),
         }

@@ -159,6 +159,8 @@ impl World {
             | Message::Deleted
             | Message::SetAccess(_)
             | Message::AccessSet
+            | Message::SetKeys(_)
+            | Message::KeysSet
             | Message::Ping
             | Message::Pong { .. } => {}
         }
