@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -61,7 +61,7 @@ fn wraps(site: &Site, volume: &str) -> Result<Vec<u8>> {
 }
 
 /// The files of the site that hold the bytes, plain or as hexadecimal digits.
-fn holders(site: &Site, bytes: &[u8]) -> Result<Vec<PathBuf>> {
+fn holders(site: &Site, bytes: &[u8]) -> Result<Vec<String>> {
     let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     let mut found = directory_contains(site.directory(), bytes)?;
     found.extend(directory_contains(site.directory(), digits.as_bytes())?);
