@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ fn wait_for_state(site: &Site, volume: &str, state: &str) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let view = site.json(&format!("volume show {volume}"))?;
-        if view["state"] == state {
+        if view.get("state").is_some_and(|found| found == state) {
             return Ok(());
         }
         ensure!(Instant::now() < deadline, "{volume} is not {state}: {view:#}");
@@ -89,6 +89,14 @@ fn a_locked_tenant_is_offline_at_once_over_restarts_and_back_when_unlocked() -> 
         ensure!(NbdClient::connect(&site.export("theirs")).is_err(), "a locked volume is served");
         ensure!(site.json("volume show theirs")?["state"] == "locked");
         reads(&site, "ours", 2)?;
+        // The expanded keys are locked in memory; no core file is written and no stranger reads the memory.
+        let process = PathBuf::from(format!("/proc/{}", site.process_id()?));
+        let status = fs::read_to_string(process.join("status"))?;
+        let locked = status.lines().find_map(|line| line.strip_prefix("VmLck:")).context("no VmLck")?;
+        ensure!(locked.trim() != "0 kB", "no key is locked in memory");
+        let limits = fs::read_to_string(process.join("limits"))?;
+        let core = limits.lines().find_map(|line| line.strip_prefix("Max core file size"));
+        ensure!(core.context("no core limit")?.split_whitespace().take(2).eq(["0", "0"]), "{limits}");
         let refused = site.refused("volume create more --size 8MiB --tenant acme")?;
         ensure!(refused.contains("is locked"), "{refused}");
 
@@ -119,7 +127,7 @@ fn a_locked_tenant_is_offline_at_once_over_restarts_and_back_when_unlocked() -> 
 /// The audit log is whole, and has these actions.
 fn audit(site: &Site, actions: &[&str]) -> Result<()> {
     let view = site.json("audit verify")?;
-    let head = view["head"].as_str().context("no head")?;
+    let head = view.get("head").and_then(serde_json::Value::as_str).context("no head")?;
     site.run(&format!("audit verify --expect {head}"))?;
     let text = fs::read_to_string(site.directory().join("audit.log"))?;
     for action in actions {
