@@ -93,7 +93,7 @@ pub enum AuditError {
         source: io::Error,
     },
     /// It was changed.
-    #[error("audit log '{}' was changed by other hands: {damage}", .path.display())]
+    #[error("audit log '{}' is not as it was written: {damage}; keep it elsewhere, move it away and restart farshored", .path.display())]
     Damaged {
         /// The log.
         path: PathBuf,
@@ -197,7 +197,8 @@ pub fn verify(log: impl Read, expected: Option<&str>) -> io::Result<Result<Whole
 #[derive(Debug)]
 pub struct AuditLog {
     path: PathBuf,
-    state: Mutex<State>,
+    /// None if the log is damaged: nothing is added to it.
+    state: Result<Mutex<State>, Damage>,
 }
 
 #[derive(Debug)]
@@ -208,10 +209,11 @@ struct State {
 }
 
 impl AuditLog {
-    /// Opens the log, or makes an empty one. A last line without an end is cut off.
+    /// Opens the log, or makes an empty one. A last line without an end is cut off. A log that is damaged stays as it is, and
+    /// refuses what is added: see [`Self::damage`].
     ///
     /// # Errors
-    /// The file system fails, or the log is damaged: then nothing may be added to it.
+    /// The file system fails.
     pub fn open(path: &Path) -> Result<Self, AuditError> {
         let failed = |operation| {
             let path = path.to_owned();
@@ -223,8 +225,14 @@ impl AuditLog {
         let end = cut_torn_line(&mut file).map_err(failed("mended"))?;
         file.rewind().map_err(failed("read"))?;
         let last = verify(&file, None).map_err(failed("read"))?;
-        let last = last.map_err(|damage| AuditError::Damaged { path: path.to_owned(), damage })?;
-        Ok(Self { path: path.to_owned(), state: Mutex::new(State { file, end, last }) })
+        let state = last.map(|last| Mutex::new(State { file, end, last }));
+        Ok(Self { path: path.to_owned(), state })
+    }
+
+    /// That the log is damaged, if so.
+    pub fn damage(&self) -> Option<AuditError> {
+        let damage = self.state.as_ref().err()?.clone();
+        Some(AuditError::Damaged { path: self.path.clone(), damage })
     }
 
     /// The log's file.
@@ -235,12 +243,16 @@ impl AuditLog {
     /// Adds an entry; it is durable when this returns. Sequence and hash of the line before are set here.
     ///
     /// # Errors
-    /// The file cannot be written; then nothing was added.
+    /// The file cannot be written or is damaged; then nothing was added.
     ///
     /// # Panics
     /// If the names in the entry are longer than names are.
     pub fn append(&self, entry: Entry) -> Result<(), AuditError> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self
+            .state
+            .as_ref()
+            .map_err(|damage| AuditError::Damaged { path: self.path.clone(), damage: damage.clone() })?;
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = Entry {
             sequence: state.last.lines.saturating_add(1),
             previous: state.last.head.clone(),
@@ -374,7 +386,9 @@ mod tests {
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[20] ^= 1;
         std::fs::write(&path, &bytes).unwrap();
-        assert!(matches!(AuditLog::open(&path).unwrap_err(), AuditError::Damaged { .. }));
+        let log = AuditLog::open(&path).unwrap();
+        assert!(matches!(log.damage(), Some(AuditError::Damaged { .. })));
+        assert!(matches!(log.append(entry("c")), Err(AuditError::Damaged { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), bytes);
     }
 

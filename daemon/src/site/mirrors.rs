@@ -501,6 +501,9 @@ impl Site {
             if incomplete {
                 self.exports().remove(volume.name.as_str());
                 let folder = self.catalogue().delete_volume(*id)?;
+                if let Err(error) = self.catalogue().destroy_key(&volume) {
+                    tracing::warn!(%error, "the key of a replica that is given up is not destroyed yet");
+                }
                 drop(folder.map(|folder| self.removals.begin(volume.name.as_str(), folder)));
             } else if let Ok(folder) = self.folder(&volume) {
                 let intent = folder.join(files::INTENT_FILE);
@@ -516,7 +519,12 @@ impl Site {
         let volumes = self.mirror_volumes(mirror)?;
         let ciphers: Result<Vec<_>, _> = volumes.iter().map(|volume| self.unlock(volume)).collect();
         self.shard_of(key).send(ShardCommand::Unlock { key, ciphers: ciphers? });
-        Ok(())
+        // A lock that came between looking and sending has been sent already, or is seen now.
+        let locked = volumes.iter().find_map(|volume| self.lock_of(volume));
+        locked.map_or(Ok(()), |reason| {
+            self.shard_of(key).send(ShardCommand::Lock { key, reason: reason.clone() });
+            Err(problem(ProblemKind::Unavailable, reason))
+        })
     }
 
     /// Promotes this side: the keys are opened first, then the group, and this waits until hosts are served.

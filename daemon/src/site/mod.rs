@@ -140,6 +140,9 @@ impl Site {
         }
         crypto::set_key_guard(keystore::memory::guard);
         let audit = AuditLog::open(&settings.data_dir.join(crate::audit::FILE_NAME))?;
+        if let Some(damage) = audit.damage() {
+            tracing::error!(%damage, "volumes are served, but tenants and keys cannot be changed");
+        }
         let is_new = catalogue.volumes().is_empty()
             && catalogue.tenants().iter().all(|tenant| tenant.domain.is_none());
         let keys = Keys::start(&settings, is_new)?;

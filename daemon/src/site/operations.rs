@@ -160,6 +160,7 @@ impl Site {
             .chain(names.iter().filter_map(|volume| self.untold_of(volume.id)))
             .chain(self.descriptors_wanted().shortage())
             .chain(self.removals.running())
+            .chain(self.audit.damage().map(|damage| damage.to_string()))
             .collect()
     }
 }
