@@ -52,6 +52,11 @@ uuid_identity!(
     SiteId
 );
 
+uuid_identity!(
+    /// A tenant: whose keys wrap the keys of its volumes, and no others. The default one is the nil identity.
+    TenantId
+);
+
 /// A volume's place in its consistency group, from 0; records name volumes by it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VolumeIndex(pub u16);

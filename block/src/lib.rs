@@ -12,7 +12,7 @@ mod units;
 
 pub use class::{IopsLimit, StorageClass, TIB};
 pub use command::{Extent, HostCommand, HostError, HostResult};
-pub use identity::{MirrorId, NameError, SiteId, VolumeId, VolumeIndex, VolumeName};
+pub use identity::{MirrorId, NameError, SiteId, TenantId, VolumeId, VolumeIndex, VolumeName};
 pub use position::{ChainHash, Epoch, Incarnation, Position, Sequence, Tip};
 pub use time::{Monotonic, WallTime};
 pub use units::{BlockCount, ByteCount, ByteRange, DATA_UNIT_BYTES, Lba, SECTOR_BYTES, SizeError};

@@ -16,10 +16,13 @@ use aws_lc_sys::{
 };
 
 use crate::DataKey;
+use crate::guard::guard;
 use crate::zero;
 
 /// Bytes in one AES block.
 const BLOCK_BYTES: usize = 16;
+/// Of the data of XTS-AES-256 at least so much is expanded keys: two of 15 rounds' keys each.
+const EXPANDED_BYTES: usize = 2 * 15 * BLOCK_BYTES;
 /// What a successful call returns.
 const SUCCESS: c_int = 1;
 /// The direction of a context stays as it is.
@@ -144,6 +147,7 @@ impl Context {
         };
         // The halves of a `DataKey` differ, so only memory can be missing.
         assert!(result == SUCCESS, "no memory for a cipher context");
+        context.guard_key();
         context
     }
 
@@ -152,7 +156,15 @@ impl Context {
         // SAFETY: both are contexts, the copy is ours alone, and the original is only read.
         let result = unsafe { EVP_CIPHER_CTX_copy(copy.0.as_ptr(), self.0.as_ptr()) };
         assert!(result == SUCCESS, "no memory for a cipher context");
+        copy.guard_key();
         copy
+    }
+
+    /// Tells where the expanded key lies.
+    fn guard_key(&self) {
+        // SAFETY: the context is valid and has its cipher, so that it has the cipher's data.
+        let expanded = unsafe { (*self.0.as_ptr()).cipher_data };
+        guard(expanded.cast_const().cast(), EXPANDED_BYTES);
     }
 
     /// XTS over one data unit in place, in the context's direction.

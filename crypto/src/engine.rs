@@ -6,6 +6,7 @@ use std::str::FromStr;
 use crate::DataKey;
 #[cfg(feature = "aws-lc")]
 use crate::aws_lc::AwsLc;
+use crate::guard::guard;
 use crate::rust_crypto::RustCrypto;
 
 /// What does XTS. All engines give the same ciphertext.
@@ -81,7 +82,11 @@ impl Engine {
     /// Expands a key for this engine.
     pub(crate) fn expand(self, key: &DataKey) -> Xts {
         match self {
-            Self::RustCrypto => Xts::RustCrypto(Box::new(RustCrypto::new(key))),
+            Self::RustCrypto => {
+                let expanded = Box::new(RustCrypto::new(key));
+                guard(std::ptr::from_ref(&*expanded).cast(), size_of::<RustCrypto>());
+                Xts::RustCrypto(expanded)
+            }
             #[cfg(feature = "aws-lc")]
             Self::AwsLc => Xts::AwsLc(AwsLc::new(key)),
         }

@@ -80,6 +80,13 @@ impl DataKey {
         bytes
     }
 
+    /// True if it is the same key. The time taken tells nothing about either.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let (ours, theirs) = (self.concatenated(), other.concatenated());
+        let pairs = ours.iter().zip(theirs.iter());
+        pairs.fold(0, |difference, (one, other)| black_box(difference | (one ^ other))) == 0
+    }
+
     /// Compares all bytes, whatever they are, so that the time taken tells nothing about them.
     fn halves_are_equal(&self) -> bool {
         let pairs = self.data.iter().zip(self.tweak.iter());
@@ -98,6 +105,10 @@ impl KeyEncryptionKey {
     pub fn from_bytes(bytes: impl Into<Zeroizing<[u8; 32]>>) -> Self {
         let bytes = bytes.into();
         Self { cipher: KwAes256::new((&*bytes).into()) }
+    }
+
+    pub(crate) const fn cipher(&self) -> &KwAes256 {
+        &self.cipher
     }
 
     /// Wraps a data key (RFC 3394). The same key always gives the same wrap.
@@ -218,6 +229,16 @@ mod tests {
             let mut bytes = [5; 64];
             bytes[different] = 4;
             assert!(DataKey::from_random(bytes).is_ok(), "byte {different}");
+        }
+    }
+
+    #[test]
+    fn a_key_is_the_same_as_itself_and_as_no_other() {
+        assert!(data_key().is_same(&data_key()));
+        for different in 0..64 {
+            let mut bytes = counting::<64>(9);
+            bytes[different] ^= 0x80;
+            assert!(!data_key().is_same(&DataKey::from_random(bytes).unwrap()), "byte {different}");
         }
     }
 

@@ -10,13 +10,20 @@
 mod aws_lc;
 mod cipher;
 mod engine;
+mod guard;
 mod key;
 #[cfg(test)]
 mod oracle;
+mod record;
 mod rust_crypto;
 mod zero;
 
 pub use cipher::VolumeCipher;
 pub use engine::{Engine, EngineError};
+pub use guard::{KeyGuard, set_key_guard};
 pub use key::{DataKey, KeyEncryptionKey, KeyError, KeyFingerprint, WRAPPED_KEY_BYTES, WrappedKey};
+pub use record::{
+    DomainKey, KEY_RECORD_BYTES_MAX, KeyRecord, RecordError, RootKind, WRAPPED_DOMAIN_KEY_BYTES_MAX,
+    WrappedDomainKey,
+};
 pub use zeroize::Zeroizing;

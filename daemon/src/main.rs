@@ -14,6 +14,9 @@ fn main() -> ExitCode {
         Err(error) => return refuse(&error.to_string()),
     };
     start_log();
+    if let Err(error) = keystore::memory::forbid_dumps() {
+        tracing::warn!(%error, "core dumps cannot be forbidden: they would hold keys");
+    }
     match run(settings) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => refuse(&format!("{error:#}")),

@@ -116,8 +116,15 @@ impl World {
         let class = "standard".to_owned();
         let iops = Some("unlimited".parse().unwrap());
         let access = VolumeAccessChange::default();
-        let create =
-            VolumeCreate { name: name(), size_bytes: ByteCount(4 * MIB), class, iops, cache, access };
+        let create = VolumeCreate {
+            name: name(),
+            size_bytes: ByteCount(4 * MIB),
+            class,
+            iops,
+            cache,
+            tenant: None,
+            access,
+        };
         let view = self.ask(&Call::volume_create(&create)).unwrap();
         // The shard presents it a moment later.
         let deadline = Instant::now() + PATIENCE;
@@ -429,6 +436,7 @@ fn a_limit_beyond_a_shards_estimate_is_told_at_create() {
         class: "standard".to_owned(),
         iops: Some(iops.parse().unwrap()),
         cache: Cache::None,
+        tenant: None,
         access: VolumeAccessChange::default(),
     };
     assert_eq!(world.ask(&Call::volume_create(&iops("1000"))).unwrap().warning, None);
@@ -446,6 +454,7 @@ fn a_volume_is_made_with_its_access_or_not_at_all() {
         class: "standard".to_owned(),
         iops: None,
         cache: Cache::None,
+        tenant: None,
         access,
     };
     let change = VolumeAccessChange {

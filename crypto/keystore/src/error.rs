@@ -51,4 +51,63 @@ pub enum KeystoreError {
     /// The kernel's random source failed.
     #[error("the kernel gives no random bytes: see why getrandom(2) fails, no key can be made without it")]
     Random(#[source] getrandom::Error),
+    /// The provider's key is not the one that wrapped this.
+    #[error("'{provider}' does not open it: {source}")]
+    NotOpened {
+        /// The provider's name.
+        provider: String,
+        /// The refusal.
+        source: crypto::KeyError,
+    },
+    /// The provider cannot do this.
+    #[error(
+        "'{provider}' cannot {what}: only a key file can; keep it in kek_file until every volume was rotated"
+    )]
+    Unsupported {
+        /// The provider's name.
+        provider: String,
+        /// What was asked.
+        what: &'static str,
+    },
+    /// The provider does not answer in time.
+    #[error("'{provider}' does not answer within {seconds} seconds: see that it can be reached")]
+    NoAnswer {
+        /// The provider's name.
+        provider: String,
+        /// The time it had.
+        seconds: u64,
+    },
+    /// The provider's thread cannot be had, or has ended.
+    #[error("'{provider}' has no thread: restart the daemon")]
+    NoThread {
+        /// The provider's name.
+        provider: String,
+    },
+    /// A provider's address is not understood.
+    #[error("key provider '{uri}' is not understood: {advice}")]
+    Uri {
+        /// What was given.
+        uri: String,
+        /// What to write.
+        advice: &'static str,
+    },
+    /// The token refuses.
+    #[cfg(feature = "pkcs11")]
+    #[error("PKCS#11 token '{token}' refuses to {operation}: {source}")]
+    Token {
+        /// The token's label.
+        token: String,
+        /// What was being done.
+        operation: &'static str,
+        /// What the module said.
+        source: cryptoki::error::Error,
+    },
+    /// The module has no such token, or the token no such key, or it gave something unexpected.
+    #[error("PKCS#11 token '{token}' {what}")]
+    TokenContent {
+        /// The token's label.
+        token: String,
+        /// What is wrong and what to do.
+        what: String,
+    },
 }

@@ -1,5 +1,6 @@
-//! The key-encryption key in a file: 32 bytes as 64 hexadecimal digits and a line end.
+//! The root key in a file: 32 bytes as 64 hexadecimal digits and a line end.
 //!
+//! The file is read for each call, so the key is in memory for its time only, and a file that is gone or replaced is noticed.
 //! The file is never overwritten. It appears whole or not at all: a crash while it is made leaves no part of a
 //! key under its name, and of two daemons that make it at once (the two sites of a test bed share it) one wins
 //! and both read the winner's key.
@@ -9,9 +10,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use crypto::{KeyEncryptionKey, Zeroizing};
+use block::TenantId;
+use crypto::{DataKey, DomainKey, KeyEncryptionKey, RootKind, WrappedKey, Zeroizing};
 
 use crate::{KeyProvider, KeystoreError, random_bytes};
 
@@ -22,14 +23,18 @@ const DIGITS: usize = 2 * KEY_BYTES;
 /// The longest key file: the digits and a line end.
 const FILE_BYTES_MAX: usize = DIGITS + 1;
 
-/// A key-encryption key in a file of its own.
-#[derive(Debug)]
+/// A root key in a file of its own.
+#[derive(Clone, Debug)]
 pub struct FileKeyProvider {
     path: PathBuf,
-    key: Arc<KeyEncryptionKey>,
 }
 
 impl FileKeyProvider {
+    /// The key file at `path`, which is not looked at before it is needed.
+    pub const fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
     /// Reads the key file at `path`; if there is none, makes it (mode 0600, durable) with the key that `random`
     /// draws, in production [`random_bytes`].
     ///
@@ -39,26 +44,54 @@ impl FileKeyProvider {
         path: &Path,
         random: impl FnOnce() -> Result<Zeroizing<[u8; KEY_BYTES]>, KeystoreError>,
     ) -> Result<Self, KeystoreError> {
-        let file = match File::open(path) {
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                create(path, &*random()?)?;
-                File::open(path)
-            }
-            opened => opened,
-        };
-        let bytes = file.map_err(failed_read(path)).and_then(|file| read(path, &file))?;
-        Ok(Self { path: path.to_owned(), key: Arc::new(KeyEncryptionKey::from_bytes(bytes)) })
+        match File::open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => create(path, &*random()?)?,
+            Ok(_) | Err(_) => {}
+        }
+        let provider = Self::at(path.to_owned());
+        provider.key_encryption_key().map(|_| provider)
     }
 
     /// The key file.
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    fn key_encryption_key(&self) -> Result<KeyEncryptionKey, KeystoreError> {
+        let file = File::open(&self.path).map_err(failed_read(&self.path))?;
+        Ok(KeyEncryptionKey::from_bytes(read(&self.path, &file)?))
+    }
 }
 
 impl KeyProvider for FileKeyProvider {
-    fn key_encryption_key(&self) -> Result<Arc<KeyEncryptionKey>, KeystoreError> {
-        Ok(Arc::clone(&self.key))
+    fn kind(&self) -> RootKind {
+        RootKind::File
+    }
+
+    fn name(&self) -> String {
+        format!("file:{}", self.path.display())
+    }
+
+    fn wrap_domain(&mut self, key: &DomainKey, tenant: TenantId) -> Result<Vec<u8>, KeystoreError> {
+        Ok(self.key_encryption_key()?.wrap_domain(key, tenant))
+    }
+
+    fn unwrap_domain(&mut self, wrapped: &[u8], tenant: TenantId) -> Result<DomainKey, KeystoreError> {
+        let opened = self.key_encryption_key()?.unwrap_domain(wrapped, tenant);
+        opened.map_err(|source| KeystoreError::NotOpened { provider: self.name(), source })
+    }
+
+    fn unwrap_data(&mut self, wrapped: &WrappedKey) -> Result<DataKey, KeystoreError> {
+        let opened = self.key_encryption_key()?.unwrap(wrapped);
+        opened.map_err(|source| KeystoreError::NotOpened { provider: self.name(), source })
+    }
+
+    fn fingerprint(&mut self) -> Result<String, KeystoreError> {
+        Ok(self.key_encryption_key()?.fingerprint().to_string())
+    }
+
+    fn make_root(&mut self) -> Result<(), KeystoreError> {
+        Self::open_or_create(&self.path, random_bytes::<KEY_BYTES>).map(drop)
     }
 }
 

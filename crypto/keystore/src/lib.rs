@@ -1,27 +1,64 @@
-//! Key providers: where key-encryption keys come from.
+//! Key providers: roots of trust, which wrap and unwrap the domain keys of tenants.
 //!
-//! A provider hands out the key-encryption key and nothing else; data keys are wrapped and unwrapped by `crypto`.
-//! The key is read when the provider is opened, so that a bad key stops the daemon at its start.
-//!
-//! Keys are zeroed when they are dropped; they are not locked in memory nor kept out of core dumps here.
+//! A root key never leaves its provider. Every call of a provider runs on that provider's own thread and has a deadline
+//! ([`ProviderHandle`]): a token that hangs holds up nobody. Data keys are wrapped and unwrapped by `crypto`. [`memory`] keeps
+//! keys out of swap and core dumps.
 
+mod client;
 mod error;
 mod file;
+pub mod memory;
+#[cfg(feature = "pkcs11")]
+mod pkcs11;
+mod uri;
 
-use std::sync::Arc;
+use block::TenantId;
+use crypto::{DataKey, DomainKey, RootKind, WrappedKey, Zeroizing};
 
-use crypto::{KeyEncryptionKey, Zeroizing};
-
+pub use client::ProviderHandle;
 pub use error::KeystoreError;
 pub use file::FileKeyProvider;
+#[cfg(feature = "pkcs11")]
+pub use pkcs11::Pkcs11Provider;
+pub use uri::{Pkcs11Uri, ProviderUri};
 
-/// A source of the site's key-encryption key.
-pub trait KeyProvider: Send + Sync {
-    /// The key-encryption key; every call gives the same one.
+/// A root of trust. Calls may take long, or never return: they belong behind a [`ProviderHandle`].
+pub trait KeyProvider: Send {
+    /// What kind it is.
+    fn kind(&self) -> RootKind;
+
+    /// Its address, for people; without secrets.
+    fn name(&self) -> String;
+
+    /// Wraps a domain key, bound to its tenant.
     ///
     /// # Errors
-    /// [`KeystoreError`] if the provider cannot be reached or does not hold the key.
-    fn key_encryption_key(&self) -> Result<Arc<KeyEncryptionKey>, KeystoreError>;
+    /// The provider cannot be reached or refuses.
+    fn wrap_domain(&mut self, key: &DomainKey, tenant: TenantId) -> Result<Vec<u8>, KeystoreError>;
+
+    /// Opens what [`Self::wrap_domain`] made for the same tenant.
+    ///
+    /// # Errors
+    /// The provider cannot be reached or refuses, or [`KeystoreError::NotOpened`].
+    fn unwrap_domain(&mut self, wrapped: &[u8], tenant: TenantId) -> Result<DomainKey, KeystoreError>;
+
+    /// Opens a data key of a volume from before there were tenants, wrapped by the root itself.
+    ///
+    /// # Errors
+    /// As above; [`KeystoreError::Unsupported`] by all but a key file.
+    fn unwrap_data(&mut self, wrapped: &WrappedKey) -> Result<DataKey, KeystoreError>;
+
+    /// A short public name of the root key: two sites can compare theirs without showing the keys.
+    ///
+    /// # Errors
+    /// The provider cannot be reached or refuses.
+    fn fingerprint(&mut self) -> Result<String, KeystoreError>;
+
+    /// Makes the root key if there is none.
+    ///
+    /// # Errors
+    /// The provider cannot be reached or refuses.
+    fn make_root(&mut self) -> Result<(), KeystoreError>;
 }
 
 /// `N` bytes from the kernel's random source, fit for keys and identities.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use block::{ByteCount, VolumeName};
+use block::{ByteCount, TenantId, VolumeName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{
     Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Rate, RecoveryTarget,
@@ -43,6 +43,15 @@ pub(crate) enum Command {
     /// Mirrors: volumes that a partner holds a replica of.
     #[command(subcommand)]
     Mirror(MirrorCommand),
+    /// Tenants: whose keys wrap the keys of which volumes.
+    #[command(subcommand)]
+    Tenant(TenantCommand),
+    /// Keys: wrap them anew, and check what wraps them.
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// The audit log of keys and tenants.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// The site as a whole.
     Status,
 }
@@ -75,6 +84,87 @@ pub(crate) enum VolumeCommand {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum TenantCommand {
+    /// Make a tenant, with a domain key of its own.
+    Create {
+        /// The tenant's name.
+        name: VolumeName,
+        /// Its identity, where the partner site has the tenant already; `tenant show` tells it there.
+        #[arg(long, value_name = "IDENTITY")]
+        id: Option<TenantIdentity>,
+    },
+    /// All tenants.
+    List,
+    /// One tenant.
+    Show {
+        /// The tenant's name.
+        name: VolumeName,
+    },
+    /// Delete a tenant that has no volumes, and its key.
+    Delete {
+        /// The tenant's name.
+        name: VolumeName,
+    },
+    /// Take the tenant's volumes offline at once and wipe their keys, here and at the partners of this site's primaries.
+    Lock {
+        /// The tenant's name.
+        name: VolumeName,
+    },
+    /// Bring them back.
+    Unlock {
+        /// The tenant's name.
+        name: VolumeName,
+    },
+}
+
+/// A tenant's identity as text.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TenantIdentity(pub(crate) TenantId);
+
+impl FromStr for TenantIdentity {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let quoted = format!("\"{text}\"");
+        serde_json::from_str(&quoted).map(Self).map_err(|_| "write it as 'farshore tenant show' does")
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Wrap the key of a volume, or of all volumes of a tenant, anew; no data is touched.
+    #[command(group = clap::ArgGroup::new("scope").required(true).args(["volume", "tenant"]))]
+    Rotate {
+        /// The volume: it gets a new key-encryption key.
+        volume: Option<VolumeName>,
+        /// The tenant: it gets a new domain key, and each of its volumes a new key-encryption key.
+        #[arg(long, value_name = "TENANT")]
+        tenant: Option<VolumeName>,
+    },
+    /// The root of trust.
+    #[command(subcommand)]
+    Provider(ProviderCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ProviderCommand {
+    /// Wrap and unwrap a key with it.
+    Test,
+    /// Make its root key if there is none, then test it.
+    Init,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AuditCommand {
+    /// Check that no line was changed, taken out or put in; print the hash of the last one, to be kept elsewhere.
+    Verify {
+        /// A hash that was kept, and must be in the log: no line up to it was cut off.
+        #[arg(long, value_name = "HASH")]
+        expect: Option<String>,
+    },
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct VolumeCreateArguments {
     /// The volume's name, also of its export.
@@ -91,6 +181,9 @@ pub(crate) struct VolumeCreateArguments {
     /// Bypass the page cache (none) or use it (page).
     #[arg(long, value_enum, default_value_t = CacheWord::None)]
     pub(crate) cache: CacheWord,
+    /// The tenant that it belongs to; the default tenant without one.
+    #[arg(long, value_name = "TENANT")]
+    pub(crate) tenant: Option<VolumeName>,
     #[command(flatten)]
     pub(crate) access: AccessArguments,
 }

@@ -7,15 +7,17 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use block::VolumeName;
 use control::{
-    CERTIFICATE_BYTES_MAX, Call, DrillStart, FailoverRequest, MirrorCreate, MirrorSet, MirrorStart,
-    MirrorVerify, OrphansRequest, PartnerAdd, VolumeCreate, VolumeResize, VolumeView,
+    AuditVerify, CERTIFICATE_BYTES_MAX, Call, DrillStart, FailoverRequest, MirrorCreate, MirrorSet,
+    MirrorStart, MirrorVerify, OrphansRequest, PartnerAdd, TenantCreate, TenantView, VolumeCreate,
+    VolumeResize, VolumeView,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::arguments::{
-    Arguments, CertificateCommand, Command, DrillCommand, MirrorCommand, MirrorCreateArguments,
-    MirrorSetArguments, PartnerCommand, VolumeCommand, VolumeCreateArguments,
+    Arguments, AuditCommand, CertificateCommand, Command, DrillCommand, KeyCommand, MirrorCommand,
+    MirrorCreateArguments, MirrorSetArguments, PartnerCommand, ProviderCommand, TenantCommand,
+    TenantIdentity, VolumeCommand, VolumeCreateArguments,
 };
 use crate::client::Client;
 use crate::output;
@@ -41,6 +43,11 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
         Command::Partner(command) => session.partner(command).await,
         Command::Mirror(command) => session.mirror(command).await,
+        Command::Tenant(command) => session.tenant(command).await,
+        Command::Key(command) => session.key(command).await,
+        Command::Audit(AuditCommand::Verify { expect }) => {
+            session.ask(&Call::audit_verify(&AuditVerify { expected: expect }), views::audit).await
+        }
         Command::Status => session.ask(&Call::status(), views::status).await,
     }
 }
@@ -95,7 +102,11 @@ impl Session {
             VolumeCommand::List => self.ask(&Call::volume_list(), |list| views::volumes(list)).await,
             VolumeCommand::Show { name } => self.ask(&Call::volume_show(&name), views::volume).await,
             VolumeCommand::Delete { name } => {
-                self.remove(&Call::volume_delete(&name), format!("volume '{name}' is deleted")).await
+                self.remove(
+                    &Call::volume_delete(&name),
+                    format!("volume '{name}' is deleted, and its keys here are destroyed"),
+                )
+                .await
             }
         }
     }
@@ -107,6 +118,61 @@ impl Session {
             output::complain(&format!("warning: {warning}"));
         }
         self.print(&view, views::volume)
+    }
+
+    async fn tenant(&self, command: TenantCommand) -> anyhow::Result<()> {
+        match command {
+            TenantCommand::Create { name, id } => {
+                let create = TenantCreate { name, id: id.map(|TenantIdentity(id)| id) };
+                self.ask(&Call::tenant_create(&create), views::tenant).await
+            }
+            TenantCommand::List => self.ask(&Call::tenant_list(), |list| views::tenants(list)).await,
+            TenantCommand::Show { name } => self.ask(&Call::tenant_show(&name), views::tenant).await,
+            TenantCommand::Delete { name } => {
+                self.remove(
+                    &Call::tenant_delete(&name),
+                    format!("tenant '{name}' is deleted, and its key destroyed"),
+                )
+                .await
+            }
+            TenantCommand::Lock { name } => self.set_lock(&Call::tenant_lock(&name)).await,
+            TenantCommand::Unlock { name } => self.set_lock(&Call::tenant_unlock(&name)).await,
+        }
+    }
+
+    async fn set_lock(&self, call: &Call<TenantView>) -> anyhow::Result<()> {
+        let view = self.client.send(call).await?;
+        if let Some(warning) = &view.warning {
+            output::complain(&format!("warning: {warning}"));
+        }
+        self.print(&view, views::tenant)
+    }
+
+    async fn key(&self, command: KeyCommand) -> anyhow::Result<()> {
+        match command {
+            KeyCommand::Rotate { volume, tenant } => {
+                let call = match (&volume, &tenant) {
+                    (Some(volume), _) => Call::key_rotate_volume(volume),
+                    (None, Some(tenant)) => Call::key_rotate_tenant(tenant),
+                    (None, None) => bail!("name a volume, or --tenant TENANT"),
+                };
+                let view = self.client.send(&call).await?;
+                self.print(&view, views::rotation)?;
+                let failed = view.volumes.iter().filter(|volume| volume.failure.is_some()).count();
+                if failed > 0 {
+                    bail!(
+                        "{failed} volumes keep their old keys, which still open: rotate again when that is mended"
+                    );
+                }
+                Ok(())
+            }
+            KeyCommand::Provider(ProviderCommand::Test) => {
+                self.ask(&Call::key_provider_test(), views::provider).await
+            }
+            KeyCommand::Provider(ProviderCommand::Init) => {
+                self.ask(&Call::key_provider_init(), views::provider).await
+            }
+        }
     }
 
     async fn partner(&self, command: PartnerCommand) -> anyhow::Result<()> {
@@ -198,6 +264,7 @@ fn volume_create(arguments: VolumeCreateArguments) -> VolumeCreate {
         class: arguments.class,
         iops: arguments.iops,
         cache: arguments.cache.into(),
+        tenant: arguments.tenant,
         access: arguments.access.change(),
     }
 }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    FailoverResult, HostAccess, HostWrites, MirrorView, OrphansView, PartnerView, StatusView, VerifyView,
-    VolumeAccess, VolumeView,
+    AuditView, FailoverResult, HostAccess, HostWrites, MirrorView, OrphansView, PartnerView, ProviderView,
+    RotationView, StatusView, TenantView, VerifyView, VolumeAccess, VolumeView,
 };
 
 use crate::table::Table;
@@ -19,6 +19,7 @@ pub(crate) fn volume(view: &VolumeView) -> String {
         ("class", Some(view.class.clone())),
         ("IOPS limit", Some(view.iops_limit.to_string())),
         ("cache", Some(view.cache.to_string())),
+        ("tenant", view.tenant.as_ref().map(ToString::to_string)),
         ("state", Some(view.state.to_string())),
         ("reason", view.state_reason.clone()),
         ("mirror", view.mirror.as_ref().map(ToString::to_string)),
@@ -62,6 +63,73 @@ pub(crate) fn volumes(views: &[VolumeView]) -> String {
         ]);
     }
     table.text()
+}
+
+/// One tenant, a property a line.
+pub(crate) fn tenant(view: &TenantView) -> String {
+    Table::properties(vec![
+        ("name", Some(view.name.to_string())),
+        ("id", Some(view.id.to_string())),
+        ("locked", Some(yes(view.locked))),
+        ("key version", view.key_version.map(|version| version.to_string())),
+        ("root of trust", view.root.clone()),
+        ("volumes", Some(names(&view.volumes)).filter(|names| !names.is_empty())),
+        ("with an older key", Some(names(&view.volumes_behind)).filter(|names| !names.is_empty())),
+    ])
+}
+
+/// Tenants, one a line.
+pub(crate) fn tenants(views: &[TenantView]) -> String {
+    let mut table = Table::new(&["NAME", "LOCKED", "KEY VERSION", "VOLUMES"]);
+    for view in views {
+        table.row(vec![
+            view.name.to_string(),
+            yes(view.locked),
+            view.key_version.map_or_else(|| "-".to_owned(), |version| version.to_string()),
+            view.volumes.len().to_string(),
+        ]);
+    }
+    table.text()
+}
+
+/// What a rotation did, a volume a line.
+pub(crate) fn rotation(view: &RotationView) -> String {
+    let mut table = Table::new(&["VOLUME", "KEY VERSION", "TENANT'S KEY", "ROOT", "FAILURE"]);
+    for volume in &view.volumes {
+        table.row(vec![
+            volume.volume.to_string(),
+            volume.key_version.to_string(),
+            volume.domain_version.to_string(),
+            volume.root.clone(),
+            volume.failure.clone().unwrap_or_default(),
+        ]);
+    }
+    table.text()
+}
+
+/// A key provider that works, a property a line.
+pub(crate) fn provider(view: &ProviderView) -> String {
+    let unguarded = (view.unguarded > 0)
+        .then(|| format!("{} places of keys are not locked in memory: raise LimitMEMLOCK", view.unguarded));
+    Table::properties(vec![
+        ("provider", Some(view.provider.clone())),
+        ("root key", Some(view.fingerprint.clone())),
+        ("wrap and unwrap", Some(format!("{:.3} ms", view.seconds * 1000.0))),
+        ("warning", unguarded),
+    ])
+}
+
+/// An audit log that is whole, a property a line.
+pub(crate) fn audit(view: &AuditView) -> String {
+    Table::properties(vec![
+        ("file", Some(view.file.clone())),
+        ("lines", Some(view.lines.to_string())),
+        ("last hash", Some(view.head.clone())),
+    ])
+}
+
+fn names(names: &[VolumeName]) -> String {
+    names.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
 }
 
 /// One partner, a property a line.

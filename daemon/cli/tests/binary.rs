@@ -213,6 +213,7 @@ fn volume(warning: Option<&str>) -> VolumeView {
         class: "ultra".to_owned(),
         iops_limit: "150000".parse().unwrap(),
         cache: Cache::None,
+        tenant: None,
         state: VolumeState::Online,
         state_reason: None,
         mirror: None,

@@ -8,9 +8,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart,
-    MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, StatusView,
-    VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
+    AuditVerify, AuditView, CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate,
+    MirrorSet, MirrorStart, MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView,
+    Problem, ProviderView, RotationView, StatusView, TenantCreate, TenantView, VolumeAccessChange,
+    VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// The HTTP methods of the API.
@@ -231,6 +232,66 @@ impl Call<OrphansView> {
     }
 }
 
+impl Call<TenantView> {
+    /// Makes a tenant.
+    pub fn tenant_create(create: &TenantCreate) -> Self {
+        Self::post("/v1/tenants", create)
+    }
+
+    /// One tenant.
+    pub fn tenant_show(name: &VolumeName) -> Self {
+        Self::bare(Method::Get, format!("/v1/tenants/{name}"))
+    }
+
+    /// Takes a tenant's volumes offline and forgets their keys.
+    pub fn tenant_lock(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/tenants/{name}/lock"))
+    }
+
+    /// Brings them back.
+    pub fn tenant_unlock(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/tenants/{name}/unlock"))
+    }
+}
+
+impl Call<Vec<TenantView>> {
+    /// All tenants, by name.
+    pub fn tenant_list() -> Self {
+        Self::bare(Method::Get, "/v1/tenants")
+    }
+}
+
+impl Call<RotationView> {
+    /// Wraps a volume's key anew.
+    pub fn key_rotate_volume(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/volumes/{name}/rotate"))
+    }
+
+    /// Makes a new domain key and wraps the keys of all of a tenant's volumes anew.
+    pub fn key_rotate_tenant(name: &VolumeName) -> Self {
+        Self::bare(Method::Post, format!("/v1/tenants/{name}/rotate"))
+    }
+}
+
+impl Call<ProviderView> {
+    /// Wraps and unwraps a key with the key provider.
+    pub fn key_provider_test() -> Self {
+        Self::bare(Method::Post, "/v1/key-provider/test")
+    }
+
+    /// Makes the provider's root key if there is none, and tests it.
+    pub fn key_provider_init() -> Self {
+        Self::bare(Method::Post, "/v1/key-provider/init")
+    }
+}
+
+impl Call<AuditView> {
+    /// Checks the audit log.
+    pub fn audit_verify(verify: &AuditVerify) -> Self {
+        Self::post("/v1/audit/verify", verify)
+    }
+}
+
 impl Call<StatusView> {
     /// The site as a whole.
     pub fn status() -> Self {
@@ -242,6 +303,11 @@ impl Call<()> {
     /// Deletes a volume and its data.
     pub fn volume_delete(name: &VolumeName) -> Self {
         Self::bare(Method::Delete, format!("/v1/volumes/{name}"))
+    }
+
+    /// Deletes a tenant without volumes, and its key.
+    pub fn tenant_delete(name: &VolumeName) -> Self {
+        Self::bare(Method::Delete, format!("/v1/tenants/{name}"))
     }
 
     /// Removes a partner.

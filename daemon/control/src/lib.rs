@@ -14,6 +14,7 @@ mod policy;
 mod problem;
 mod recovery;
 mod status;
+mod tenant;
 mod time;
 mod verify;
 mod volume;
@@ -34,6 +35,9 @@ pub use policy::{HostWrites, MirrorSet, PressureView, Rate, RateError};
 pub use problem::{Problem, ProblemKind};
 pub use recovery::{DrillStart, DrillView, RecoveryTarget, RecoveryTargetError, WindowView};
 pub use status::{Counts, StatusView};
+pub use tenant::{
+    AuditVerify, AuditView, ProviderView, RotationView, TenantCreate, TenantView, VolumeKeyView,
+};
 pub use time::{Timestamp, TimestampError};
 pub use verify::{Extent, MirrorVerify, VerifyState, VerifyView};
 pub use volume::{Cache, Iops, IopsError, VolumeCreate, VolumeResize, VolumeState, VolumeView};

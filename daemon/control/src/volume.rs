@@ -95,7 +95,7 @@ pub enum VolumeState {
     Online,
     /// The data file or its pool cannot be used.
     Offline,
-    /// The key-encryption key does not unwrap its data key.
+    /// Its key cannot be had: its tenant is locked, or the key provider does not open it or does not answer.
     Locked,
     /// A flush failed: reads only, until the daemon restarts.
     Poisoned,
@@ -138,6 +138,9 @@ pub struct VolumeCreate {
     /// The cache mode.
     #[serde(default)]
     pub cache: Cache,
+    /// The tenant that it belongs to; without one it is the default tenant's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<VolumeName>,
     /// Who may open it, as a change of what is open to any host.
     #[serde(default, skip_serializing_if = "is_default")]
     pub access: VolumeAccessChange,
@@ -177,6 +180,9 @@ pub struct VolumeView {
     pub iops_limit: Iops,
     /// Its cache mode.
     pub cache: Cache,
+    /// The tenant that it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<VolumeName>,
     /// Whether hosts can use it.
     pub state: VolumeState,
     /// Why it is not online, as a sentence.

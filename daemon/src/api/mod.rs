@@ -13,5 +13,5 @@ mod socket;
 mod tests;
 
 pub use operations::{OperationError, Operations};
-pub use router::router;
+pub use router::{caller, router};
 pub use socket::{ControlSocket, SocketError};

@@ -4,9 +4,10 @@ use std::future::Future;
 
 use block::VolumeName;
 use control::{
-    CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet, MirrorStart,
-    MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, Problem, ProblemKind,
-    StatusView, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
+    AuditVerify, AuditView, CertificateView, DrillStart, FailoverRequest, FailoverResult, MirrorCreate,
+    MirrorSet, MirrorStart, MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView,
+    Problem, ProblemKind, ProviderView, RotationView, StatusView, TenantCreate, TenantView,
+    VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize, VolumeView,
 };
 
 /// A refused or failed operation.
@@ -123,6 +124,28 @@ pub trait Operations: Send + Sync + 'static {
     ) -> impl Future<Output = Outcome<OrphansView>> + Send;
     /// Deletes a mirror; its volumes stay.
     fn mirror_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
+    /// Makes a tenant.
+    fn tenant_create(&self, create: TenantCreate) -> impl Future<Output = Outcome<TenantView>> + Send;
+    /// All tenants, by name.
+    fn tenant_list(&self) -> impl Future<Output = Outcome<Vec<TenantView>>> + Send;
+    /// One tenant.
+    fn tenant_show(&self, name: VolumeName) -> impl Future<Output = Outcome<TenantView>> + Send;
+    /// Deletes a tenant that has no volumes.
+    fn tenant_delete(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
+    /// Takes a tenant's volumes offline and forgets their keys.
+    fn tenant_lock(&self, name: VolumeName) -> impl Future<Output = Outcome<TenantView>> + Send;
+    /// Brings them back.
+    fn tenant_unlock(&self, name: VolumeName) -> impl Future<Output = Outcome<TenantView>> + Send;
+    /// Wraps the key of a volume anew.
+    fn key_rotate_volume(&self, name: VolumeName) -> impl Future<Output = Outcome<RotationView>> + Send;
+    /// Wraps the keys of a tenant's volumes anew, under a new domain key.
+    fn key_rotate_tenant(&self, name: VolumeName) -> impl Future<Output = Outcome<RotationView>> + Send;
+    /// Wraps and unwraps a key with the key provider.
+    fn key_provider_test(&self) -> impl Future<Output = Outcome<ProviderView>> + Send;
+    /// Makes the provider's root key if there is none.
+    fn key_provider_init(&self) -> impl Future<Output = Outcome<ProviderView>> + Send;
+    /// Checks the audit log.
+    fn audit_verify(&self, verify: AuditVerify) -> impl Future<Output = Outcome<AuditView>> + Send;
     /// The site as a whole.
     fn status(&self) -> impl Future<Output = Outcome<StatusView>> + Send;
 }

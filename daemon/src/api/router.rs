@@ -3,8 +3,9 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::http::{Method, StatusCode, Uri};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -12,6 +13,7 @@ use control::{FailoverRequest, MirrorCreate, MirrorMode, Problem, ProblemKind, R
 use serde::Serialize;
 
 use super::extract::{Body, Name, Refusal};
+use super::socket::Caller;
 use super::{OperationError, Operations};
 
 /// The API over these operations.
@@ -35,11 +37,38 @@ pub fn router<O: Operations>(operations: Arc<O>) -> Router {
         .route("/v1/mirrors/{name}/failover", post(mirror_failover::<O>))
         .route("/v1/mirrors/{name}/drill/start", post(mirror_drill_start::<O>))
         .route("/v1/mirrors/{name}/drill/stop", post(mirror_drill_stop::<O>))
+        .route("/v1/volumes/{name}/rotate", post(key_rotate_volume::<O>))
+        .route("/v1/tenants", get(tenant_list::<O>).post(tenant_create::<O>))
+        .route("/v1/tenants/{name}", get(tenant_show::<O>).delete(tenant_delete::<O>))
+        .route("/v1/tenants/{name}/lock", post(tenant_lock::<O>))
+        .route("/v1/tenants/{name}/unlock", post(tenant_unlock::<O>))
+        .route("/v1/tenants/{name}/rotate", post(key_rotate_tenant::<O>))
+        .route("/v1/key-provider/test", post(key_provider_test::<O>))
+        .route("/v1/key-provider/init", post(key_provider_init::<O>))
+        .route("/v1/audit/verify", post(audit_verify::<O>))
         .route("/v1/status", get(status::<O>))
         .fallback(no_route)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
+        .layer(axum::middleware::from_fn(name_caller))
         .with_state(operations)
+}
+
+tokio::task_local! {
+    /// Who asks, for the audit log: the user and process at the other end of the socket.
+    static CALLER: String;
+}
+
+/// Who asked for what is being done; empty outside of a request.
+pub fn caller() -> String {
+    CALLER.try_with(String::clone).unwrap_or_default()
+}
+
+/// Tells what runs for the request who asks.
+async fn name_caller(request: Request, next: Next) -> Response {
+    let caller = request.extensions().get::<ConnectInfo<Caller>>();
+    let caller = caller.map(|ConnectInfo(caller)| caller.to_string()).unwrap_or_default();
+    CALLER.scope(caller, next.run(request)).await
 }
 
 type Daemon<O> = State<Arc<O>>;
@@ -50,7 +79,8 @@ where
     T: Serialize + Send + 'static,
     F: Future<Output = Result<T, OperationError>> + Send + 'static,
 {
-    match tokio::spawn(operation).await {
+    let caller = CALLER.try_with(String::clone).unwrap_or_default();
+    match tokio::spawn(CALLER.scope(caller, operation)).await {
         Ok(Ok(_)) if status == StatusCode::NO_CONTENT => Ok(status.into_response()),
         Ok(Ok(view)) => Ok((status, Json(view)).into_response()),
         Ok(Err(error)) => Err(error.into()),
@@ -81,6 +111,8 @@ macro_rules! handlers {
     (@type Body mirror_verify) => { Body<control::MirrorVerify> };
     (@type Body mirror_start) => { Body<control::MirrorStart> };
     (@type Body mirror_drill_start) => { Body<control::DrillStart> };
+    (@type Body tenant_create) => { Body<control::TenantCreate> };
+    (@type Body audit_verify) => { Body<control::AuditVerify> };
     (@type Body mirror_orphans) => { Body<control::OrphansRequest> };
 }
 
@@ -108,6 +140,17 @@ handlers! {
     mirror_switch(Name name) -> OK;
     mirror_orphans(Name name, Body orphans) -> OK;
     mirror_delete(Name name) -> NO_CONTENT;
+    tenant_create(Body create) -> CREATED;
+    tenant_list() -> OK;
+    tenant_show(Name name) -> OK;
+    tenant_delete(Name name) -> NO_CONTENT;
+    tenant_lock(Name name) -> OK;
+    tenant_unlock(Name name) -> OK;
+    key_rotate_volume(Name name) -> OK;
+    key_rotate_tenant(Name name) -> OK;
+    key_provider_test() -> OK;
+    key_provider_init() -> OK;
+    audit_verify(Body verify) -> OK;
     status() -> OK;
 }
 

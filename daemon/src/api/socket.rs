@@ -6,6 +6,8 @@ use std::os::unix::net::{UnixListener as StdListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use axum::Router;
+use axum::extract::connect_info::Connected;
+use axum::serve::IncomingStream;
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use tokio::net::UnixListener;
@@ -30,6 +32,33 @@ pub enum SocketError {
         /// The failure.
         source: io::Error,
     },
+}
+
+/// Who is at the other end of a connection, as the kernel says.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Caller {
+    user: Option<u32>,
+    process: Option<i32>,
+}
+
+impl Connected<IncomingStream<'_, UnixListener>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        let credentials = stream.io().peer_cred().ok();
+        Self {
+            user: credentials.map(|credentials| credentials.uid()),
+            process: credentials.and_then(|credentials| credentials.pid()),
+        }
+    }
+}
+
+impl std::fmt::Display for Caller {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.user, self.process) {
+            (Some(user), Some(process)) => write!(formatter, "user {user}, process {process}"),
+            (Some(user), None) => write!(formatter, "user {user}"),
+            (None, _) => formatter.write_str("unknown"),
+        }
+    }
 }
 
 /// The listening control socket; its file is removed when it is dropped.
@@ -65,6 +94,7 @@ impl ControlSocket {
             return Ok(());
         };
         let listener = UnixListener::from_std(listener)?;
+        let router = router.into_make_service_with_connect_info::<Caller>();
         axum::serve(listener, router).with_graceful_shutdown(stop).await
     }
 }

@@ -4,12 +4,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use block::{ByteCount, Position, SiteId, VolumeId, VolumeName};
+use block::{ByteCount, Position, SiteId, TenantId, VolumeId, VolumeName};
 use control::{
-    Cache, Call, CallError, CertificateView, Counts, DrillStart, FailoverRequest, FailoverResult,
-    MirrorCreate, MirrorMode, MirrorSet, MirrorStart, MirrorView, Overload, PartnerAdd, PartnerView, Problem,
-    ProblemKind, RecoveryPoint, Side, StatusView, Timestamp, VolumeAccess, VolumeAccessChange,
-    VolumeAccessView, VolumeCreate, VolumeResize, VolumeState, VolumeView,
+    AuditVerify, AuditView, Cache, Call, CallError, CertificateView, Counts, DrillStart, FailoverRequest,
+    FailoverResult, MirrorCreate, MirrorMode, MirrorSet, MirrorStart, MirrorView, Overload, PartnerAdd,
+    PartnerView, Problem, ProblemKind, ProviderView, RecoveryPoint, RotationView, Side, StatusView,
+    TenantCreate, TenantView, Timestamp, VolumeAccess, VolumeAccessChange, VolumeAccessView, VolumeCreate,
+    VolumeResize, VolumeState, VolumeView,
 };
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -47,6 +48,7 @@ fn volume(name: VolumeName) -> VolumeView {
         class: "standard".to_owned(),
         iops_limit: "750".parse().unwrap(),
         cache: Cache::None,
+        tenant: None,
         state: VolumeState::Online,
         state_reason: None,
         mirror: None,
@@ -97,6 +99,23 @@ fn mirror(name: VolumeName) -> MirrorView {
         volumes: vec![],
         partner: "p".parse().unwrap(),
     }
+}
+
+fn tenant(name: VolumeName) -> TenantView {
+    TenantView {
+        name,
+        id: TenantId::default(),
+        locked: false,
+        key_version: None,
+        root: None,
+        volumes: vec![],
+        volumes_behind: vec![],
+        warning: None,
+    }
+}
+
+fn provider() -> ProviderView {
+    ProviderView { provider: "file:k".to_owned(), fingerprint: String::new(), seconds: 0.0, unguarded: 0 }
 }
 
 impl Operations for Fake {
@@ -268,6 +287,60 @@ impl Operations for Fake {
         self.note("mirror delete", Some(&name))
     }
 
+    async fn tenant_create(&self, create: TenantCreate) -> Result<TenantView, OperationError> {
+        self.note("tenant create", Some(&create.name))?;
+        Ok(tenant(create.name))
+    }
+
+    async fn tenant_list(&self) -> Result<Vec<TenantView>, OperationError> {
+        self.note("tenant list", None)?;
+        Ok(vec![])
+    }
+
+    async fn tenant_show(&self, name: VolumeName) -> Result<TenantView, OperationError> {
+        self.note("tenant show", Some(&name))?;
+        Ok(tenant(name))
+    }
+
+    async fn tenant_delete(&self, name: VolumeName) -> Result<(), OperationError> {
+        self.note("tenant delete", Some(&name))
+    }
+
+    async fn tenant_lock(&self, name: VolumeName) -> Result<TenantView, OperationError> {
+        self.note(format!("tenant lock by {}", caller()), Some(&name))?;
+        Ok(tenant(name))
+    }
+
+    async fn tenant_unlock(&self, name: VolumeName) -> Result<TenantView, OperationError> {
+        self.note("tenant unlock", Some(&name))?;
+        Ok(tenant(name))
+    }
+
+    async fn key_rotate_volume(&self, name: VolumeName) -> Result<RotationView, OperationError> {
+        self.note("key rotate volume", Some(&name))?;
+        Ok(RotationView { volumes: vec![] })
+    }
+
+    async fn key_rotate_tenant(&self, name: VolumeName) -> Result<RotationView, OperationError> {
+        self.note("key rotate tenant", Some(&name))?;
+        Ok(RotationView { volumes: vec![] })
+    }
+
+    async fn key_provider_test(&self) -> Result<ProviderView, OperationError> {
+        self.note("key provider test", None)?;
+        Ok(provider())
+    }
+
+    async fn key_provider_init(&self) -> Result<ProviderView, OperationError> {
+        self.note("key provider init", None)?;
+        Ok(provider())
+    }
+
+    async fn audit_verify(&self, verify: AuditVerify) -> Result<AuditView, OperationError> {
+        self.note(format!("audit verify {:?}", verify.expected), None)?;
+        Ok(AuditView { file: "f".to_owned(), lines: 2, head: "h".to_owned() })
+    }
+
     async fn status(&self) -> Result<StatusView, OperationError> {
         self.note("status", None)?;
         Ok(StatusView {
@@ -372,6 +445,7 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
         class: "standard".to_owned(),
         iops: None,
         cache: Cache::None,
+        tenant: None,
         access: VolumeAccessChange::default(),
     };
     assert_eq!(api.send(Call::volume_create(&create)).await.unwrap().name, name("a"));
@@ -419,6 +493,31 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
                     mirror set Some(Pace) m, mirror verify Some(Local) m, mirror stop m, mirror start Some(Local) m, \
                     mirror switch m, mirror orphans Some(\"/x\") m, mirror failover m, mirror failover at 77 m, \
                     drill start at 78 m, drill stop m, mirror delete m, status";
+    assert_eq!(api.asked().join(", "), expected);
+}
+
+#[tokio::test]
+async fn every_call_of_tenants_and_keys_reaches_its_operation_and_its_caller_is_known() {
+    let api = Api::serve();
+    let create = TenantCreate { name: name("t"), id: None };
+    assert_eq!(api.send(Call::tenant_create(&create)).await.unwrap(), tenant(name("t")));
+    api.send(Call::tenant_list()).await.unwrap();
+    api.send(Call::tenant_show(&name("t"))).await.unwrap();
+    api.send(Call::tenant_lock(&name("t"))).await.unwrap();
+    api.send(Call::tenant_unlock(&name("t"))).await.unwrap();
+    api.send(Call::tenant_delete(&name("t"))).await.unwrap();
+    api.send(Call::key_rotate_volume(&name("a"))).await.unwrap();
+    api.send(Call::key_rotate_tenant(&name("t"))).await.unwrap();
+    api.send(Call::key_provider_test()).await.unwrap();
+    api.send(Call::key_provider_init()).await.unwrap();
+    let verify = AuditVerify { expected: Some("h".to_owned()) };
+    assert_eq!(api.send(Call::audit_verify(&verify)).await.unwrap().lines, 2);
+    let caller = format!("user {}, process {}", rustix::process::getuid().as_raw(), std::process::id());
+    let expected = format!(
+        "tenant create t, tenant list, tenant show t, tenant lock by {caller} t, tenant unlock t, \
+         tenant delete t, key rotate volume a, key rotate tenant t, key provider test, key provider init, \
+         audit verify Some(\"h\")"
+    );
     assert_eq!(api.asked().join(", "), expected);
 }
 

@@ -81,7 +81,7 @@ impl Catalogue {
         }
     }
 
-    /// Changes a volume's size or access, as its next revision; returns the new record.
+    /// Changes a volume's size, access or wrapped key, as its next revision; returns the new record.
     ///
     /// # Errors
     /// The volume does not exist, the list of hosts is too long, or its header or the catalogue cannot be written: then
@@ -99,8 +99,11 @@ impl Catalogue {
         let old = old.ok_or_else(|| CatalogueError::unknown_volume(id))?;
         let mut new = VolumeRecord { revision: old.revision.saturating_add(1), ..old.clone() };
         change(&mut new);
-        let (size, access, revision) = (new.size, new.access.clone(), new.revision);
-        assert!(new == VolumeRecord { size, access, revision, ..old.clone() }, "only size and access change");
+        let (size, access, wrapped_key, revision) =
+            (new.size, new.access.clone(), new.wrapped_key.clone(), new.revision);
+        let allowed = VolumeRecord { size, access, wrapped_key, revision, ..old.clone() };
+        assert!(new == allowed, "only size, access and wrapped key change");
+        bound("wrapped key", &new.name, new.wrapped_key.len(), 1, WRAPPED_KEY_BYTES_MAX)?;
         bound("list of hosts", &new.name, new.access.hosts_bytes(), 0, ACCESS_HOSTS_BYTES_MAX)?;
         let mirror = state.content.mirror_of(new.id);
         let part = mirror.and_then(|(mirror, index)| state.content.part(mirror, usize::from(index.0), true));
@@ -411,10 +414,10 @@ fn bound(
     Err(CatalogueError::Bound { what, name: name.clone(), actual, unit: "bytes", least, most })
 }
 
-const fn exists(what: &'static str, name: VolumeName) -> CatalogueError {
+pub(super) const fn exists(what: &'static str, name: VolumeName) -> CatalogueError {
     CatalogueError::Exists { what, name }
 }
 
-fn unknown(what: &'static str, name: &VolumeName) -> CatalogueError {
+pub(super) fn unknown(what: &'static str, name: &VolumeName) -> CatalogueError {
     CatalogueError::Unknown { what, name: name.to_string() }
 }

@@ -150,6 +150,22 @@ pub enum CatalogueError {
         /// Its incarnation.
         incarnation: u64,
     },
+    /// A tenant with volumes, or the default one, cannot be deleted.
+    #[error(
+        "tenant '{tenant}' has {volumes} volumes, and the default one always stays: delete the volumes first"
+    )]
+    TenantInUse {
+        /// The tenant.
+        tenant: VolumeName,
+        /// How many it has.
+        volumes: usize,
+    },
+    /// There are too many tenants.
+    #[error("the site has {most} tenants, which is the most: delete one first")]
+    TooManyTenants {
+        /// The most.
+        most: usize,
+    },
     /// The file system failed.
     #[error("{operation} '{}' failed: {source}", .path.display())]
     File {
@@ -178,10 +194,10 @@ impl CatalogueError {
     /// How the control API reports it.
     pub const fn kind(&self) -> ProblemKind {
         match self {
-            Self::Exists { .. } | Self::InMirror { .. } => ProblemKind::Conflict,
+            Self::Exists { .. } | Self::InMirror { .. } | Self::TenantInUse { .. } => ProblemKind::Conflict,
             Self::Unknown { .. } => ProblemKind::NotFound,
             Self::UnknownPool(_) | Self::Bound { .. } => ProblemKind::Invalid,
-            Self::Falls { .. } => ProblemKind::Refused,
+            Self::Falls { .. } | Self::TooManyTenants { .. } => ProblemKind::Refused,
             Self::InUse { .. }
             | Self::Damaged { .. }
             | Self::Missing { .. }

@@ -26,6 +26,8 @@ use super::record::{
 pub const FILE_NAME: &str = "header";
 /// Bytes in a slot.
 const SLOT_BYTES: usize = 16 << 10;
+/// Bytes in a header.
+pub(super) const HEADER_BYTES: usize = 2 * SLOT_BYTES;
 /// The same as a file offset.
 const SLOT_OFFSET: u64 = 16 << 10;
 const MAGIC: [u8; 8] = *b"FARSHVOL";
@@ -169,6 +171,14 @@ impl Header {
         let file = File::open(folder.join(FILE_NAME))?;
         let newest = newest(&file)?.ok_or(HeaderError::Damaged)?;
         Self::decode(&newest, pool)
+    }
+
+    /// True if both slots are whole and hold different wrapped keys.
+    pub(super) fn has_old_key(folder: &Path) -> bool {
+        let slots = File::open(folder.join(FILE_NAME)).and_then(|file| slots(&file));
+        let Ok([Some(one), Some(other)]) = slots else { return false };
+        let key = |slot: &Slot| slot.texts().map(|[_, _, key, ..]| key.to_vec());
+        key(&one) != key(&other)
     }
 
     /// Writes the header over its older slot and makes it durable; makes the file if it is missing.
@@ -461,19 +471,26 @@ impl Slot {
 
 /// The whole slot of the higher generation, if any.
 fn newest(file: &File) -> io::Result<Option<Box<Slot>>> {
-    let mut newest: Option<Box<Slot>> = None;
-    for offset in [0, SLOT_OFFSET] {
+    let [first, second] = slots(file)?;
+    Ok(match (first, second) {
+        (Some(first), Some(second)) => {
+            let newer = second.fixed.generation.get() > first.fixed.generation.get();
+            Some(if newer { second } else { first })
+        }
+        (first, second) => first.or(second),
+    })
+}
+
+/// The whole slots.
+fn slots(file: &File) -> io::Result<[Option<Box<Slot>>; 2]> {
+    let slot = |offset| {
         let mut slot = Box::new(Slot::new_zeroed());
         match file.read_exact_at(slot.as_mut_bytes(), offset) {
-            Ok(()) => {}
+            Ok(()) => Ok(Some(slot).filter(|slot| slot.is_whole())),
             // A file that is too short lacks this slot.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
-            Err(error) => return Err(error),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            Err(error) => Err(error),
         }
-        let newer = |than: &Slot| slot.fixed.generation.get() > than.fixed.generation.get();
-        if slot.is_whole() && newest.as_deref().is_none_or(newer) {
-            newest = Some(slot);
-        }
-    }
-    Ok(newest)
+    };
+    Ok([slot(0)?, slot(SLOT_OFFSET)?])
 }

@@ -18,6 +18,7 @@ mod rebuild;
 mod record;
 mod seal;
 mod store;
+mod tenant;
 
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ pub use record::{
     CLASS_BYTES_MAX, GROUP_STATE_BYTES_MAX, GroupRecord, MirrorRecord, PartnerRecord, VolumeRecord,
     WRAPPED_KEY_BYTES_MAX,
 };
+pub use tenant::{DomainRecord, TENANTS_MAX, TenantRecord};
 
 use fuse::Fuse;
 use pool::Pools;

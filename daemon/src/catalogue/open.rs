@@ -51,6 +51,11 @@ impl Catalogue {
             _lock: lock,
         };
         let notices = catalogue.reconcile(&found)?;
+        if catalogue.store.was_unclean() || !notices.is_empty() {
+            // A death may have come between a change of keys and the scrub behind it, or a later key been taken over. Without
+            // room for a second file old rows stay until the next scrub.
+            let _ = catalogue.scrub();
+        }
         Ok((catalogue, notices))
     }
 
@@ -92,10 +97,18 @@ impl Catalogue {
             .and_then(|(mirror, index)| content.part(mirror, usize::from(index.0), true));
         let wanted = Header { site: content.site, life: Life::Live, volume: volume.clone(), mirror: part };
         if found.header.as_ref().is_ok_and(|header| *header == wanted) {
+            if found.old_key {
+                // A death came before the second slot was written. What cannot be written now is tried again then.
+                let _ = self.write_header(content, volume, Life::Live, wanted.mirror);
+            }
             return None;
         }
         let volume_name = volume.name.clone();
-        Some(match self.write_header(content, volume, Life::Live, wanted.mirror) {
+        let written = self.write_header(content, volume, Life::Live, wanted.mirror.clone());
+        if written.is_ok() && Header::has_old_key(&folder) {
+            let _ = self.write_header(content, volume, Life::Live, wanted.mirror);
+        }
+        Some(match written {
             Ok(()) => Notice::HeaderRestored { volume: volume_name },
             Err(error) => Notice::HeaderNotWritten { volume: volume_name, reason: error.to_string() },
         })

@@ -13,7 +13,7 @@ use block::{VolumeId, VolumeName};
 use uuid::Uuid;
 
 use super::error::{CatalogueError, file_error};
-use super::header::{FILE_NAME, Header, HeaderError};
+use super::header::{FILE_NAME, HEADER_BYTES, Header, HeaderError};
 use super::store::sync_folder_of;
 
 /// The pools by name.
@@ -24,6 +24,8 @@ pub(super) type Pools = BTreeMap<VolumeName, PathBuf>;
 pub(super) struct Found {
     pub(super) folder: PathBuf,
     pub(super) header: Result<Header, HeaderError>,
+    /// The header's older slot has another wrapped key, which is to be destroyed.
+    pub(super) old_key: bool,
 }
 
 /// All volumes' folders in the pools. A pool whose folder is missing has none.
@@ -52,7 +54,8 @@ pub(super) fn scan(pools: &Pools) -> Result<BTreeMap<VolumeId, Found>, Catalogue
                     second: folder,
                 });
             }
-            all.insert(id, Found { folder, header });
+            let old_key = Header::has_old_key(&folder);
+            all.insert(id, Found { folder, header, old_key });
         }
     }
     Ok(all)
@@ -63,6 +66,17 @@ fn volume_of(folder: &Path) -> Option<VolumeId> {
     let name = folder.file_name()?.to_str()?;
     let id = VolumeId(Uuid::try_parse(name).ok()?);
     (folder.is_dir() && id.to_string() == name).then_some(id)
+}
+
+/// Overwrites a header, which holds a wrapped key, durably; that it is gone already is no error.
+fn overwrite(header: &Path) -> io::Result<()> {
+    let file = match File::options().write(true).open(header) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        opened => opened?,
+    };
+    let length = usize::try_from(file.metadata()?.len()).unwrap_or(0).min(HEADER_BYTES);
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![0; length], 0)?;
+    file.sync_all()
 }
 
 /// Makes the volume's folder, mode 0700, and its name durable.
@@ -94,6 +108,7 @@ pub fn remove_folder(folder: &Path) -> Result<(), CatalogueError> {
     }
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(file_error("syncing folder", folder))?;
     let header = folder.join(FILE_NAME);
+    overwrite(&header).map_err(file_error("overwriting", &header))?;
     match std::fs::remove_file(&header) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}

@@ -95,6 +95,7 @@ fn content(found: &BTreeMap<VolumeId, Found>) -> Result<Option<Content>, Catalog
             add_mirror(&mut content, &parts)?;
         }
     }
+    content.tenants = content.tenants_of_volumes();
     Ok(Some(content))
 }
 

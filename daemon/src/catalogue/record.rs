@@ -106,13 +106,13 @@ impl MirrorRecord {
 }
 
 /// Bytes as lower-case hexadecimal digits.
-mod hexadecimal {
+pub(super) mod hexadecimal {
     use std::fmt::Write;
 
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in super::super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
         let mut text = String::with_capacity(bytes.len().saturating_mul(2));
         for byte in bytes {
             write!(text, "{byte:02x}").map_err(serde::ser::Error::custom)?;
@@ -120,7 +120,9 @@ mod hexadecimal {
         serializer.serialize_str(&text)
     }
 
-    pub(super) fn deserialize<'a, D: Deserializer<'a>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    pub(in super::super) fn deserialize<'a, D: Deserializer<'a>>(
+        deserializer: D,
+    ) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;
         let (pairs, rest) = text.as_bytes().as_chunks::<2>();
         if !rest.is_empty() {

@@ -10,6 +10,8 @@ use uuid::Uuid;
 use super::header::Header;
 use super::*;
 
+mod keys;
+
 /// A data directory with two pools, that can be copied and opened again.
 struct Site {
     folder: tempfile::TempDir,
@@ -191,18 +193,30 @@ fn rebuildable(mut content: Content) -> Content {
     for mirror in mirrors.values_mut() {
         mirror.rebuilt = true;
     }
+    content.tenants = content.tenants_of_volumes();
     content
 }
 
 type Operation = fn(&Catalogue) -> Result<(), CatalogueError>;
 
-const OPERATIONS: [(&str, Operation); 9] = [
+const OPERATIONS: [(&str, Operation); 12] = [
     ("create a volume", |catalogue| create_volume(catalogue, &volume("d", "slow"))),
     ("delete a volume", |catalogue| {
         let folder = catalogue.delete_volume(volume("c", "fast").id)?.unwrap();
         catalogue.fuse.step().map_err(error::file_error("removing volume folder", &folder))?;
         remove_folder(&folder)
     }),
+    ("delete a volume and destroy its key", |catalogue| {
+        let volume = volume("c", "fast");
+        let folder = catalogue.delete_volume(volume.id)?.unwrap();
+        catalogue.destroy_key(&volume)?;
+        catalogue.fuse.step().map_err(error::file_error("removing volume folder", &folder))?;
+        remove_folder(&folder)
+    }),
+    ("wrap the key of a mirrored volume anew", |catalogue| {
+        catalogue.replace_key(volume("a", "fast").id, keys::wrap(2)).map(drop)
+    }),
+    ("make a tenant", |catalogue| catalogue.store_tenant(keys::tenant("acme"))),
     ("add a partner", |catalogue| catalogue.add_partner(partner("az3"))),
     ("create a mirror", |catalogue| {
         let second =
@@ -567,7 +581,7 @@ fn the_header_stands_as_documented() {
     // Creating, live, mirror not settled, mirror settled: four generations, so the newest is in slot 0.
     let slot = &bytes[..16_384];
     assert_eq!(&slot[..8], b"FARSHVOL");
-    assert_eq!(slot[8..12], [3, 0, 0, 0]);
+    assert_eq!(slot[8..12], [4, 0, 0, 0]);
     assert_eq!(slot[16..24], [4, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(slot[40..56], volume("b", "slow").id.to_bytes());
     assert_eq!(slot[56..64], [0, 0, 16, 0, 0, 0, 0, 0]);
@@ -693,15 +707,15 @@ fn a_catalogue_of_an_older_format_is_opened_and_raised_so_that_no_older_daemon_o
     let before = content(&site.open().unwrap().0);
     let file = site.path("data").join(FILE_NAME);
     let rewrite = |format: u32| store::rewrite_as_format(&file, format);
-    for format in [1, 2] {
+    for format in [1, 2, 3] {
         rewrite(format);
         // The headers are of the present version, so they are ahead of rows that have no revision.
         assert_eq!(content(&site.open().unwrap().0), before, "format {format}");
-        assert_eq!(store::format_of(&file), 3);
+        assert_eq!(store::format_of(&file), 4);
     }
-    rewrite(4);
+    rewrite(5);
     let refused = site.open().unwrap_err();
-    assert!(matches!(refused, CatalogueError::Format { found: 4, known: 3, .. }), "{refused}");
+    assert!(matches!(refused, CatalogueError::Format { found: 5, known: 4, .. }), "{refused}");
 }
 
 #[test]

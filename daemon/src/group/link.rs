@@ -179,6 +179,8 @@ impl Primary {
             | Message::SetAccess(_)
             | Message::AccessSet
             | Message::Grow { .. }
+            | Message::SetKeys(_)
+            | Message::KeysSet
             | Message::Ping
             | Message::Pong { .. } => {
                 self.close(

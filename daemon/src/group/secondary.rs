@@ -335,6 +335,8 @@ impl Secondary {
             | Message::SetAccess(_)
             | Message::AccessSet
             | Message::Grown { .. }
+            | Message::SetKeys(_)
+            | Message::KeysSet
             | Message::Ping
             | Message::Pong { .. } => self.end_session("a message out of place", out),
         }

@@ -59,8 +59,12 @@ settings_file! {
     replication_listen: SocketAddr,
     /// Where the console and `/metrics` are: `IP:PORT` or `off`. Default `127.0.0.1:10880`.
     console_listen: ConsoleAddress,
-    /// The file of the key-encryption key, shared by the two sites of a mirror. Default `kek` in `data_dir`.
+    /// The file of the root key of the `file` provider, shared by the two sites of a mirror. Default `kek` in `data_dir`. With
+    /// another provider it still opens what it wrapped, until every tenant's keys were rotated.
     kek_file: PathBuf,
+    /// Where the root key is that wraps tenants' keys, shared by the two sites of a mirror: `file:PATH`, which sets
+    /// `kek_file`, or `pkcs11:token=LABEL;object=LABEL?module-path=PATH&pin-source=file:PATH`. Default: `kek_file`.
+    key_provider: String,
     /// The number of shard threads, 1 to 256. Default: one a core.
     shards: NonZeroUsize,
     /// The commands a second that a shard can serve; `volume create` warns of a limit above it. Default 60000.
@@ -155,6 +159,7 @@ impl From<&Settings> for SettingsFile {
             replication_listen: Some(settings.replication_listen),
             console_listen: Some(settings.console_listen),
             kek_file: Some(settings.kek_file.clone()),
+            key_provider: Some(settings.key_provider.to_string()),
             shards: Some(settings.shards),
             shard_iops_estimate: Some(settings.shard_iops_estimate),
             minimum_size_bytes: Some(settings.minimum_size.0),

@@ -20,6 +20,7 @@ use std::time::Duration;
 use block::{ByteCount, DATA_UNIT_BYTES, IopsLimit, StorageClass, VolumeName};
 use clap::Parser;
 use control::Iops;
+use keystore::{KeystoreError, ProviderUri};
 
 pub use address::{ConsoleAddress, NbdAddress};
 pub use arguments::Action;
@@ -78,8 +79,10 @@ pub struct Settings {
     pub replication_listen: SocketAddr,
     /// Where the console and `/metrics` are.
     pub console_listen: ConsoleAddress,
-    /// The file of the key-encryption key.
+    /// The file of the `file` provider's root key.
     pub kek_file: PathBuf,
+    /// Where the root key is.
+    pub key_provider: ProviderUri,
     /// The number of shard threads.
     pub shards: NonZeroUsize,
     /// The commands a second that a shard can serve.
@@ -214,6 +217,7 @@ impl Settings {
         let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
         let mirrored = || [500, 1500, 3000].into_iter().filter_map(NonZeroU32::new).collect();
         let bytes = |value: Option<u64>, default| ByteCount(value.unwrap_or(default));
+        let (key_provider, kek_file) = provider(file.key_provider.as_deref(), file.kek_file, under("kek"))?;
         let settings = Self {
             action,
             site,
@@ -227,7 +231,8 @@ impl Settings {
             nbd_allow_plain: file.nbd_allow_plain.unwrap_or(false),
             replication_listen: file.replication_listen.unwrap_or_else(|| loopback(10_820)),
             console_listen: file.console_listen.unwrap_or_else(|| ConsoleAddress::Tcp(loopback(10_880))),
-            kek_file: path(file.kek_file, "kek"),
+            kek_file,
+            key_provider,
             shards: file.shards.unwrap_or(cores),
             shard_iops_estimate: file.shard_iops_estimate.unwrap_or(SHARD_IOPS_DEFAULT),
             classes: classes(file.classes.unwrap_or_default()),
@@ -413,6 +418,32 @@ fn absolute(path: &Path) -> PathBuf {
 
 fn loopback(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
+}
+
+/// The key provider, and the key file beside it or in it.
+fn provider(
+    uri: Option<&str>,
+    kek_file: Option<PathBuf>,
+    default: PathBuf,
+) -> Result<(ProviderUri, PathBuf), SettingsError> {
+    let kek_file = kek_file.map(|path| absolute(&path));
+    let Some(uri) = uri else {
+        let path = kek_file.unwrap_or(default);
+        return Ok((ProviderUri::File(path.clone()), path));
+    };
+    let parsed: ProviderUri =
+        uri.parse().map_err(|error: KeystoreError| refuse("key_provider", uri, error.to_string()))?;
+    Ok(match parsed {
+        ProviderUri::File(path) => {
+            let path = absolute(&path);
+            if kek_file.is_some_and(|kek_file| kek_file != path) {
+                let advice = "kek_file (or --kek) names another file; give one of the two";
+                return Err(refuse("key_provider", uri, advice));
+            }
+            (ProviderUri::File(path.clone()), path)
+        }
+        ProviderUri::Pkcs11(_) => (parsed, kek_file.unwrap_or(default)),
+    })
 }
 
 fn check_socket(key: &'static str, path: &Path) -> Result<(), SettingsError> {

@@ -206,6 +206,14 @@ pub enum ShardCommand {
         /// In index order.
         ciphers: Vec<Arc<VolumeCipher>>,
     },
+    /// The keys of a group's volumes are to be forgotten, and its hosts' connections closed. What needs a key fails from here
+    /// on; mirroring goes on without.
+    Lock {
+        /// Which group.
+        key: GroupKey,
+        /// Why.
+        reason: String,
+    },
     /// The keys that a group asked for are open, behind [`Self::Unlock`], or why not.
     Unlocked {
         /// Which group.

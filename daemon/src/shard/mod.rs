@@ -413,6 +413,12 @@ impl Shard {
                     volume.files.cipher = Some(cipher);
                 }
             }),
+            ShardCommand::Lock { key, reason } => {
+                self.close_connections(key, &reason);
+                self.with_group(key, |served, _| {
+                    served.volumes.iter_mut().for_each(|volume| volume.files.cipher = None);
+                });
+            }
             ShardCommand::Unlocked { key, result } => {
                 self.with_group(key, |served, _| served.group.unlocked(result));
             }

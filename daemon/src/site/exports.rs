@@ -17,6 +17,8 @@ struct Export {
     access: VolumeAccess,
     group: Option<GroupKey>,
     presented: Result<(), String>,
+    /// Its keys are wiped: nobody may open it, whatever its group says.
+    locked: bool,
 }
 
 /// All exports, by name.
@@ -47,6 +49,7 @@ impl Exports {
             access: volume.access.clone(),
             group,
             presented: Err(reason.to_owned()),
+            locked: false,
         };
         self.write().insert(name.to_owned(), export);
     }
@@ -66,6 +69,23 @@ impl Exports {
     pub(super) fn present_copy(&self, name: &str, group: GroupKey, size: ByteCount) {
         if let Some(export) = self.write().get_mut(name) {
             *export = Export { size, group: Some(group), presented: Ok(()), ..export.clone() };
+        }
+    }
+
+    /// A volume and its copies are not opened to anybody from here on; a connection that was handed over before has reached
+    /// its shard.
+    pub(super) fn lock(&self, volume: VolumeId) {
+        self.set_locked(volume, true);
+    }
+
+    /// They may be opened again.
+    pub(super) fn unlock(&self, volume: VolumeId) {
+        self.set_locked(volume, false);
+    }
+
+    fn set_locked(&self, volume: VolumeId, locked: bool) {
+        for export in self.write().values_mut().filter(|export| export.volume == volume) {
+            export.locked = locked;
         }
     }
 
@@ -91,7 +111,8 @@ impl Exports {
         hand_over: impl FnOnce(GroupKey),
     ) -> bool {
         let exports = self.read();
-        let export = exports.get(name).filter(|export| export.access.permits(peer, read_only));
+        let export = exports.get(name);
+        let export = export.filter(|export| !export.locked && export.access.permits(peer, read_only));
         match export.and_then(|export| export.group) {
             Some(group) => {
                 hand_over(group);
@@ -130,6 +151,11 @@ impl ExportDirectory for HostView<'_> {
         let exports = self.exports.read();
         let export = exports.get(name).ok_or(ExportRefusal::Unknown)?;
         let admission = export.access.admit(self.peer).map_err(|refusal| refused(name, refusal))?;
+        if export.locked {
+            return Err(ExportRefusal::NotPresented {
+                reason: format!("export '{name}' is not available: it is locked"),
+            });
+        }
         if let Err(reason) = &export.presented {
             return Err(ExportRefusal::NotPresented {
                 reason: format!("export '{name}' is not available: {reason}"),

@@ -123,7 +123,7 @@ impl Site {
             name: name.to_string(),
             origin: site,
             rpo_seconds: u64::from(mirror.rpo_seconds.get()),
-            key_fingerprint: self.key.fingerprint().to_string(),
+            key_fingerprint: tokio::task::block_in_place(|| self.keys.fingerprint())?,
             volumes: volumes.iter().map(to_mirror_volume).collect(),
         };
         let made = match self.ask_to_create(&partner, request).await {
@@ -164,7 +164,25 @@ impl Site {
             }
             volumes.push(volume);
         }
+        self.check_tenants(&create.name, &volumes)?;
         Ok(volumes)
+    }
+
+    /// A mirror's volumes go offline together, so they are of one tenant; one that is locked gives no keys.
+    fn check_tenants(&self, name: &VolumeName, volumes: &[VolumeRecord]) -> Result<(), OperationError> {
+        let tenant = volumes.first().map(VolumeRecord::tenant);
+        if volumes.iter().any(|volume| Some(volume.tenant()) != tenant) {
+            let detail = format!(
+                "mirror '{name}' cannot be made: its volumes are of several tenants; make a mirror for each tenant"
+            );
+            return Err(problem(ProblemKind::Refused, detail));
+        }
+        match volumes.iter().find_map(|volume| self.lock_of(volume)) {
+            Some(reason) => {
+                Err(problem(ProblemKind::Refused, format!("mirror '{name}' cannot be made: {reason}")))
+            }
+            None => Ok(()),
+        }
     }
 
     async fn make_primary(
@@ -264,7 +282,9 @@ impl Site {
     ) -> Result<(), (RefusalCode, String)> {
         let mismatch = |text: String| (RefusalCode::Mismatch, text);
         let here = self.name();
-        let ours = self.key.fingerprint().to_string();
+        let unavailable =
+            |error: OperationError| (RefusalCode::Mismatch, format!("site '{here}': {}", error.detail));
+        let ours = self.keys.fingerprint().map_err(unavailable)?;
         if create.key_fingerprint != ours {
             let theirs = &create.key_fingerprint;
             return Err(mismatch(format!(
@@ -293,7 +313,10 @@ impl Site {
                 match self.catalogue().delete_volume(volume.id) {
                     // Nobody waits for its space.
                     Ok(folder) => {
-                        drop(folder.map(|folder| self.removals.begin(volume.name.as_str(), folder)))
+                        if let Err(error) = self.catalogue().destroy_key(volume) {
+                            tracing::warn!(%error, "the key of a replica that was not made is not destroyed yet");
+                        }
+                        drop(folder.map(|folder| self.removals.begin(volume.name.as_str(), folder)));
                     }
                     Err(error) => {
                         tracing::warn!(%error, "a replica of a mirror that was not made cannot be removed");
@@ -334,6 +357,7 @@ impl Site {
             pool,
             revision: 0,
         };
+        self.accept_key(&record).map_err(mismatch)?;
         let access = record.access.clone();
         let tls = access.tls_required.then_some(TlsRule::Required);
         let change = VolumeAccessChange { allow: access.hosts, tls, ..VolumeAccessChange::default() };
@@ -477,6 +501,9 @@ impl Site {
             if incomplete {
                 self.exports().remove(volume.name.as_str());
                 let folder = self.catalogue().delete_volume(*id)?;
+                if let Err(error) = self.catalogue().destroy_key(&volume) {
+                    tracing::warn!(%error, "the key of a replica that is given up is not destroyed yet");
+                }
                 drop(folder.map(|folder| self.removals.begin(volume.name.as_str(), folder)));
             } else if let Ok(folder) = self.folder(&volume) {
                 let intent = folder.join(files::INTENT_FILE);
@@ -492,7 +519,12 @@ impl Site {
         let volumes = self.mirror_volumes(mirror)?;
         let ciphers: Result<Vec<_>, _> = volumes.iter().map(|volume| self.unlock(volume)).collect();
         self.shard_of(key).send(ShardCommand::Unlock { key, ciphers: ciphers? });
-        Ok(())
+        // A lock that came between looking and sending has been sent already, or is seen now.
+        let locked = volumes.iter().find_map(|volume| self.lock_of(volume));
+        locked.map_or(Ok(()), |reason| {
+            self.shard_of(key).send(ShardCommand::Lock { key, reason: reason.clone() });
+            Err(problem(ProblemKind::Unavailable, reason))
+        })
     }
 
     /// Promotes this side: the keys are opened first, then the group, and this waits until hosts are served.

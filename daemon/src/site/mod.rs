@@ -4,6 +4,7 @@
 //! partners that change something run one at a time; blocking work runs on tokio's blocking threads.
 
 mod access;
+mod auditing;
 mod certificates;
 mod changes;
 mod clean;
@@ -15,6 +16,7 @@ mod files;
 mod greeting;
 mod greetings;
 mod hosts;
+mod keys;
 mod mirrors;
 mod operations;
 mod orphans;
@@ -23,6 +25,7 @@ mod policy;
 mod removal;
 mod room;
 mod switch;
+mod tenants;
 mod verify;
 mod views;
 mod volumes;
@@ -34,9 +37,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use block::{MirrorId, VolumeId, VolumeName};
-use crypto::KeyEncryptionKey;
-use keystore::{FileKeyProvider, KeyProvider};
+use block::{MirrorId, VolumeId, VolumeName, WallTime};
 use metrics_exporter_prometheus::PrometheusHandle;
 use protocol::{GroupState, Role};
 use replicator::{
@@ -45,6 +46,7 @@ use replicator::{
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use crate::api::{ControlSocket, router};
+use crate::audit::AuditLog;
 use crate::catalogue::{Catalogue, DirectoryLock, GroupRecord, MirrorRecord};
 use crate::group::{CleanState, IoFailure, IoId};
 use crate::settings::{Action, ConsoleAddress, Settings};
@@ -56,6 +58,7 @@ use exports::Exports;
 use greeting::Protection;
 use greetings::Greetings;
 use hosts::{HANDSHAKES_MAX, HostListener};
+use keys::Keys;
 use removal::Removals;
 
 /// Memory for cuts that were received and are not applied.
@@ -81,7 +84,8 @@ struct Groups {
 pub struct Site {
     settings: Settings,
     catalogue: Catalogue,
-    key: Arc<KeyEncryptionKey>,
+    keys: keys::Keys,
+    audit: AuditLog,
     identity: SiteIdentity,
     pins: PinStore,
     endpoint: Endpoint,
@@ -134,8 +138,14 @@ impl Site {
         for notice in notices {
             tracing::warn!("{notice}");
         }
-        let provider = FileKeyProvider::open_or_create(&settings.kek_file, keystore::random_bytes::<32>)?;
-        let key = provider.key_encryption_key()?;
+        crypto::set_key_guard(keystore::memory::guard);
+        let audit = AuditLog::open(&settings.data_dir.join(crate::audit::FILE_NAME))?;
+        if let Some(damage) = audit.damage() {
+            tracing::error!(%damage, "volumes are served, but tenants and keys cannot be changed");
+        }
+        let is_new = catalogue.volumes().is_empty()
+            && catalogue.tenants().iter().all(|tenant| tenant.domain.is_none());
+        let keys = Keys::start(&settings, is_new)?;
         let identity = identity(&settings)?;
         let pins = PinStore::new();
         for partner in catalogue.partners() {
@@ -158,7 +168,8 @@ impl Site {
         let (shards, threads) = start_shards(&settings, &news)?;
         let site = Arc::new(Self {
             catalogue,
-            key,
+            keys,
+            audit,
             identity,
             pins,
             endpoint,
@@ -219,6 +230,7 @@ impl Site {
             drop(self.removals.begin(&name, folder));
         }
         tasks.push(tokio::spawn(Arc::clone(&self).accept_partners(incoming)));
+        tasks.push(tokio::spawn(Arc::clone(&self).retry_locked()));
         let greetings = Greetings::new(HANDSHAKES_MAX);
         for listener in listeners {
             tasks.push(tokio::spawn(listener.serve(Arc::clone(&self), Arc::clone(&greetings))));
@@ -438,6 +450,12 @@ impl Site {
         let volumes = mirror.volumes.iter().filter_map(|id| self.catalogue.volume_by_id(*id));
         volumes.map(|volume| (volume.id, volume.size)).collect()
     }
+}
+
+/// The site's calendar clock.
+fn wall_time() -> WallTime {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    WallTime(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// The catalogue's form of a group's state.

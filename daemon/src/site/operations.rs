@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    CertificateView, Counts, DrillStart, FailoverRequest, FailoverResult, MirrorCreate, MirrorSet,
-    MirrorStart, MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd, PartnerView, ProblemKind,
-    RecoveryPoint, RecoveryTarget, Side, StatusView, Timestamp, VolumeAccessChange, VolumeAccessView,
-    VolumeCreate, VolumeResize, VolumeView,
+    AuditVerify, AuditView, CertificateView, Counts, DrillStart, FailoverRequest, FailoverResult,
+    MirrorCreate, MirrorSet, MirrorStart, MirrorVerify, MirrorView, OrphansRequest, OrphansView, PartnerAdd,
+    PartnerView, ProblemKind, ProviderView, RecoveryPoint, RecoveryTarget, RotationView, Side, StatusView,
+    TenantCreate, TenantView, Timestamp, VolumeAccessChange, VolumeAccessView, VolumeCreate, VolumeResize,
+    VolumeView,
 };
 use crypto::VolumeCipher;
 use replicator::PinnedCertificate;
@@ -71,6 +72,7 @@ impl Site {
         name: &VolumeName,
     ) -> Outcome<Option<oneshot::Receiver<Removed>>> {
         let volume = self.known_volume(name)?;
+        let id = volume.id;
         if let Some((mirror, _)) = self.catalogue().mirror_of(volume.id) {
             let detail = format!("volume '{name}' is in mirror '{}': delete the mirror first", mirror.name);
             return Err(problem(ProblemKind::Conflict, detail));
@@ -87,11 +89,18 @@ impl Site {
         }
         self.exports().remove(name.as_str());
         let site = Arc::clone(self);
-        let id = volume.id;
-        let folder = tokio::task::spawn_blocking(move || site.catalogue().delete_volume(id))
-            .await
-            .map_err(internal)??;
-        Ok(folder.map(|folder| self.removals.begin(name.as_str(), folder)))
+        let deleted = tokio::task::spawn_blocking(move || {
+            let folder = site.catalogue().delete_volume(volume.id)?;
+            Ok::<_, OperationError>((folder, site.catalogue().destroy_key(&volume)))
+        });
+        let (folder, destroyed) = deleted.await.map_err(internal)??;
+        lock(&self.troubles).remove(&id);
+        let removal = folder.map(|folder| self.removals.begin(name.as_str(), folder));
+        destroyed.map_err(|error| {
+            let detail = format!("volume '{name}' is deleted, but its key is not destroyed yet: {error}");
+            problem(ProblemKind::Internal, detail)
+        })?;
+        Ok(removal)
     }
 
     fn store_partner(&self, add: PartnerAdd) -> Outcome<PartnerRecord> {
@@ -151,8 +160,13 @@ impl Site {
             .chain(names.iter().filter_map(|volume| self.untold_of(volume.id)))
             .chain(self.descriptors_wanted().shortage())
             .chain(self.removals.running())
+            .chain(self.audit.damage().map(|damage| damage.to_string()))
             .collect()
     }
+}
+
+fn sentences(sentences: &[String]) -> Option<String> {
+    (!sentences.is_empty()).then(|| sentences.join("; "))
 }
 
 /// A point as the group takes it.
@@ -178,8 +192,11 @@ impl Operations for Operator {
     async fn volume_create(&self, create: VolumeCreate) -> Outcome<VolumeView> {
         let _changing = self.changes.lock().await;
         let site = Arc::clone(&self.0);
-        let made =
-            tokio::task::spawn_blocking(move || site.make_volume(&create)).await.map_err(internal)??;
+        let object = format!("volume '{}'", create.name);
+        let made = self.audited("key create", &object, async {
+            tokio::task::spawn_blocking(move || site.make_volume(&create)).await.map_err(internal)?
+        });
+        let made = made.await?;
         let view = self.volume_view(&made).await;
         Ok(VolumeView { warning: self.limit_warning(&made), ..view })
     }
@@ -217,7 +234,8 @@ impl Operations for Operator {
 
     async fn volume_delete(&self, name: VolumeName) -> Outcome<()> {
         let changing = self.changes.lock().await;
-        let removal = self.delete_volume(&name).await?;
+        let object = format!("volume '{name}'");
+        let removal = self.audited("key destroy", &object, self.delete_volume(&name)).await?;
         drop(changing);
         // The volume is gone. Its space mostly is in a moment too, and whoever makes the next one counts on it.
         let Some(removal) = removal else { return Ok(()) };
@@ -385,6 +403,75 @@ impl Operations for Operator {
             tracing::warn!(mirror = %name, %error, "the mirror is deleted here only: delete it at the partner too");
         }
         Ok(())
+    }
+
+    async fn tenant_create(&self, create: TenantCreate) -> Outcome<TenantView> {
+        let _changing = self.changes.lock().await;
+        let site = Arc::clone(&self.0);
+        let object = create.name.to_string();
+        let made = self.audited("tenant create", &object, async {
+            tokio::task::spawn_blocking(move || site.make_tenant(&create)).await.map_err(internal)?
+        });
+        Ok(self.tenant_view(&made.await?))
+    }
+
+    async fn tenant_list(&self) -> Outcome<Vec<TenantView>> {
+        Ok(self.catalogue().tenants().iter().map(|tenant| self.tenant_view(tenant)).collect())
+    }
+
+    async fn tenant_show(&self, name: VolumeName) -> Outcome<TenantView> {
+        Ok(self.tenant_view(&self.known_tenant(&name)?))
+    }
+
+    async fn tenant_delete(&self, name: VolumeName) -> Outcome<()> {
+        let _changing = self.changes.lock().await;
+        let site = Arc::clone(&self.0);
+        let object = name.to_string();
+        let removed = self.audited("tenant delete", &object, async {
+            tokio::task::spawn_blocking(move || site.remove_tenant(&name)).await.map_err(internal)?
+        });
+        removed.await
+    }
+
+    async fn tenant_lock(&self, name: VolumeName) -> Outcome<TenantView> {
+        let changing = self.changes.lock().await;
+        let locked = self.audited("tenant lock", name.as_str(), self.lock_tenant(&name)).await?;
+        // The partner may be telling this site of a lock at the same moment.
+        drop(changing);
+        let warning = sentences(&self.tell_lock(&locked).await);
+        Ok(TenantView { warning, ..self.tenant_view(&locked) })
+    }
+
+    async fn tenant_unlock(&self, name: VolumeName) -> Outcome<TenantView> {
+        let changing = self.changes.lock().await;
+        let unlocked = self.audited("tenant unlock", name.as_str(), self.unlock_tenant(&name)).await?;
+        drop(changing);
+        let warning = sentences(&self.tell_lock(&unlocked).await);
+        Ok(TenantView { warning, ..self.tenant_view(&unlocked) })
+    }
+
+    async fn key_rotate_volume(&self, name: VolumeName) -> Outcome<RotationView> {
+        let _changing = self.changes.lock().await;
+        let object = format!("volume '{name}'");
+        self.audited("key rotate", &object, self.rotate_volume(&name)).await
+    }
+
+    async fn key_rotate_tenant(&self, name: VolumeName) -> Outcome<RotationView> {
+        let _changing = self.changes.lock().await;
+        let object = format!("tenant '{name}'");
+        self.audited("key rotate", &object, self.rotate_tenant(&name)).await
+    }
+
+    async fn key_provider_test(&self) -> Outcome<ProviderView> {
+        self.test_provider(false).await
+    }
+
+    async fn key_provider_init(&self) -> Outcome<ProviderView> {
+        self.audited("key provider init", "root key", self.test_provider(true)).await
+    }
+
+    async fn audit_verify(&self, verify: AuditVerify) -> Outcome<AuditView> {
+        self.check_audit(verify.expected).await
     }
 
     async fn status(&self) -> Outcome<StatusView> {

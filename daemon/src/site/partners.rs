@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use block::{Epoch, MirrorId, VolumeName};
 use control::ProblemKind;
-use protocol::{CreateMirror, Message, RefusalCode, Refuse, SetAccess};
+use protocol::{CreateMirror, Message, RefusalCode, Refuse, SetAccess, SetKeys};
 use replicator::{IncomingSession, SessionEvent, SessionHandle};
 use tokio::sync::{Notify, mpsc};
 
@@ -129,6 +129,17 @@ impl Site {
         if matches!(answer, Message::AccessSet) { Ok(()) } else { Err(refused(partner, &answer)) }
     }
 
+    /// Has the partner store the keys of a mirror's volumes as they are wrapped now.
+    pub(super) async fn ask_to_set_keys(
+        &self,
+        partner: &PartnerRecord,
+        set: SetKeys,
+        limit: Duration,
+    ) -> Result<(), OperationError> {
+        let answer = self.ask(partner, Message::SetKeys(set), limit).await?;
+        if matches!(answer, Message::KeysSet) { Ok(()) } else { Err(refused(partner, &answer)) }
+    }
+
     /// Has the partner forget a mirror.
     pub(super) async fn ask_to_delete(
         &self,
@@ -172,6 +183,7 @@ impl Site {
             Message::CreateMirror(create) => self.create_secondary(&partner, create).await,
             Message::DeleteMirror { mirror, epoch } => self.delete_for_partner(&partner, mirror, epoch).await,
             Message::SetAccess(set) => self.take_access(&partner, set).await,
+            Message::SetKeys(set) => self.take_keys(&partner, set).await,
             Message::Welcome(_)
             | Message::Refuse(_)
             | Message::Ack(_)
@@ -192,6 +204,7 @@ impl Site {
             | Message::AccessSet
             | Message::Grow { .. }
             | Message::Grown { .. }
+            | Message::KeysSet
             | Message::Pong { .. } => {
                 refusal(RefusalCode::Protocol, "the first message must be a question".to_owned())
             }

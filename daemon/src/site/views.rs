@@ -33,6 +33,7 @@ impl Site {
             class: volume.class.clone(),
             iops_limit: Iops(self.limit(volume)),
             cache: volume.cache,
+            tenant: self.catalogue().tenant_by_id(volume.tenant()).map(|tenant| tenant.name),
             state,
             state_reason,
             mirror: self.catalogue().mirror_of(volume.id).map(|(mirror, _)| mirror.name),
@@ -47,6 +48,9 @@ impl Site {
         volume: &VolumeRecord,
         snapshot: Option<&GroupSnapshot>,
     ) -> (VolumeState, Option<String>) {
+        if let Some(reason) = self.lock_of(volume) {
+            return (VolumeState::Locked, Some(reason));
+        }
         let Some(snapshot) = snapshot else {
             let trouble = lock(&self.troubles).get(&volume.id).cloned();
             let locked = trouble.as_ref().is_some_and(|trouble| trouble.contains("is locked"));

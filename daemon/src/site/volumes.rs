@@ -3,9 +3,9 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::{ByteCount, IopsLimit, VolumeId, VolumeName};
+use block::{ByteCount, IopsLimit, TenantId, VolumeId, VolumeName};
 use control::{Cache, Iops, ProblemKind, VolumeAccess, VolumeCreate};
-use crypto::{DataKey, VolumeCipher, WrappedKey};
+use crypto::VolumeCipher;
 use protocol::{GroupState, Role};
 use store::File;
 use tokio::sync::oneshot;
@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::files::{self, FilesError};
 use super::{Site, clean, lock};
 use crate::api::OperationError;
-use crate::catalogue::{CatalogueError, MirrorRecord, VolumeRecord};
+use crate::catalogue::{CatalogueError, MirrorRecord, TenantRecord, VolumeRecord};
 use crate::group::{GroupVolume, MirrorSettings};
 use crate::shard::{GroupStart, MirroredStart, ShardCommand, VolumeFiles};
 
@@ -67,7 +67,7 @@ impl Site {
         }
     }
 
-    fn open_lone(&self, volume: &VolumeRecord) -> Result<(), OperationError> {
+    pub(super) fn open_lone(&self, volume: &VolumeRecord) -> Result<(), OperationError> {
         let home = self.open_home(volume)?;
         let cipher = self.unlock(volume)?;
         self.add_lone(volume, home, cipher);
@@ -87,21 +87,6 @@ impl Site {
                 format!("volume '{name}' is in pool '{pool}', which the settings lack"),
             )
         })
-    }
-
-    /// The volume's cipher, by unwrapping its data key.
-    pub(super) fn unlock(&self, volume: &VolumeRecord) -> Result<Arc<VolumeCipher>, OperationError> {
-        let key = WrappedKey::from_bytes(&volume.wrapped_key).and_then(|wrapped| self.key.unwrap(&wrapped));
-        let key = key.map_err(|error| {
-            let detail = format!(
-                "volume '{}' is locked: its data key is not opened by the key in {} ({error}); give the site the key \
-                 that the volume was made with",
-                volume.name,
-                self.settings.kek_file.display()
-            );
-            problem(ProblemKind::Unavailable, detail)
-        })?;
-        Ok(Arc::new(VolumeCipher::new(&key)))
     }
 
     pub(super) fn limit(&self, volume: &VolumeRecord) -> IopsLimit {
@@ -159,21 +144,23 @@ impl Site {
             .collect()
     }
 
-    fn open_mirror(&self, mirror: &MirrorRecord) -> Result<(), OperationError> {
+    pub(super) fn open_mirror(&self, mirror: &MirrorRecord) -> Result<(), OperationError> {
         let state = GroupState::decode(&mirror.group.state)
             .map_err(|error| problem(ProblemKind::Internal, format!("mirror '{}': {error}", mirror.name)))?;
         let volumes = self.mirror_volumes(mirror)?;
         let region = self.settings.intent_region;
+        // Before anything is touched: what is refused for want of a key is tried again.
+        let unlocked = |volume| match state.role {
+            Role::Primary => self.unlock(volume).map(Some),
+            Role::Secondary => Ok(None),
+        };
+        let ciphers = volumes.iter().map(unlocked).collect::<Result<Vec<_>, _>>()?;
         let mut volume_files = Vec::new();
         let mut intents = Vec::new();
-        for volume in &volumes {
+        for (volume, cipher) in volumes.iter().zip(ciphers) {
             let folder = self.folder(volume)?;
             let (map, intent) = files::open_intent(&folder, volume.id, volume.size, region)?;
             intents.push(map);
-            let cipher = match state.role {
-                Role::Primary => Some(self.unlock(volume)?),
-                Role::Secondary => None,
-            };
             let home = self.open_home(volume)?;
             let name = volume.name.to_string();
             volume_files.push(VolumeFiles { id: volume.id, name, home, intent: Some(intent), cipher });
@@ -243,6 +230,24 @@ impl Site {
         access.map_err(|error| refuse(ProblemKind::Invalid, &error))
     }
 
+    /// Whose the new volume is.
+    fn tenant_for(&self, create: &VolumeCreate) -> Result<TenantRecord, OperationError> {
+        let tenant = match &create.tenant {
+            Some(tenant) => self.known_tenant(tenant)?,
+            None => {
+                self.catalogue().tenant_by_id(TenantId::default()).unwrap_or_else(TenantRecord::of_default)
+            }
+        };
+        if tenant.locked {
+            let (name, tenant) = (&create.name, &tenant.name);
+            let detail = format!(
+                "volume '{name}' cannot be made: its tenant '{tenant}' is locked; run 'farshore tenant unlock {tenant}' first"
+            );
+            return Err(problem(ProblemKind::Refused, detail));
+        }
+        Ok(tenant)
+    }
+
     pub(super) fn check_size(&self, name: &VolumeName, size: ByteCount) -> Result<(), OperationError> {
         if !size.0.is_multiple_of(SIZE_UNIT) || size < self.settings.minimum_size {
             let detail = format!(
@@ -277,21 +282,23 @@ impl Site {
     pub(super) fn make_volume(&self, create: &VolumeCreate) -> Result<VolumeRecord, OperationError> {
         self.check_volume(create)?;
         let access = self.first_access(create)?;
-        let random = keystore::random_bytes::<64>()
-            .map_err(|error| problem(ProblemKind::Internal, error.to_string()))?;
-        let key = DataKey::from_random(random)
-            .map_err(|error| problem(ProblemKind::Internal, error.to_string()))?;
+        let tenant = self.tenant_for(create)?;
+        let id = VolumeId(Uuid::new_v4());
+        let (key, wrapped_key) = self.new_key(&tenant, id).map_err(|error| {
+            let detail = format!("volume '{}' cannot be made: no key for it: {}", create.name, error.detail);
+            problem(error.kind, detail)
+        })?;
         let pool = self.settings.pools.keys().next().cloned();
         let pool = pool.ok_or_else(|| problem(ProblemKind::Unavailable, "the settings name no pool"))?;
         let record = VolumeRecord {
-            id: VolumeId(Uuid::new_v4()),
+            id,
             name: create.name.clone(),
             size: create.size_bytes,
             class: create.class.clone(),
             iops: create.iops,
             cache: create.cache,
             access,
-            wrapped_key: self.key.wrap(&key).as_bytes().to_vec(),
+            wrapped_key,
             pool,
             revision: 0,
         };

@@ -12,6 +12,7 @@ use crate::access::{
     MirrorAccess, SetAccess, decode_access, decode_set_access, encode_access, encode_set_access,
 };
 use crate::codec::{CodecError, Reader, Writer};
+use crate::keys::{SetKeys, decode_set_keys, encode_set_keys};
 use crate::lineage::{FORKS_MAX, Fork, RefusalCode};
 use crate::verify::{self, VerifyReply, VerifyRequest};
 
@@ -262,6 +263,10 @@ pub enum Message {
     SetAccess(SetAccess),
     /// It is durable there.
     AccessSet,
+    /// Primary to target, first frame of its own session.
+    SetKeys(SetKeys),
+    /// It is durable there.
+    KeysSet,
     /// Are you there?
     Ping,
     /// Yes.
@@ -299,6 +304,8 @@ const SET_ACCESS: u8 = 22;
 const ACCESS_SET: u8 = 23;
 const GROW: u8 = 26;
 const GROWN: u8 = 27;
+const SET_KEYS: u8 = 40;
+const KEYS_SET: u8 = 41;
 
 impl Message {
     /// The frame's bytes.
@@ -365,6 +372,8 @@ impl Message {
             Self::Deleted => out.u8(DELETED),
             Self::SetAccess(set) => encode_set_access(&mut out, SET_ACCESS, set),
             Self::AccessSet => out.u8(ACCESS_SET),
+            Self::SetKeys(set) => encode_set_keys(&mut out, SET_KEYS, set),
+            Self::KeysSet => out.u8(KEYS_SET),
             Self::Ping => out.u8(PING),
             Self::Pong { site, name } => {
                 out.u8(PONG);
@@ -431,6 +440,8 @@ impl Message {
             DELETED => Self::Deleted,
             SET_ACCESS => Self::SetAccess(decode_set_access(&mut input)?),
             ACCESS_SET => Self::AccessSet,
+            SET_KEYS => Self::SetKeys(decode_set_keys(&mut input)?),
+            KEYS_SET => Self::KeysSet,
             PING => Self::Ping,
             PONG => Self::Pong { site: input.site()?, name: input.text("name", NAME_BYTES_MAX)? },
             value => {
@@ -767,6 +778,13 @@ mod tests {
                 volumes: vec![access],
             }),
             Message::AccessSet,
+            Message::SetKeys(SetKeys {
+                mirror: MirrorId::from_bytes([2; 16]),
+                epoch: Epoch(1),
+                lock: crate::TenantLock::Lock,
+                volumes: vec![(VolumeId::from_bytes([1; 16]), vec![6; 248])],
+            }),
+            Message::KeysSet,
             Message::Ping,
             Message::Pong { site: position.origin, name: "east".into() },
             Message::VerifyRequest(VerifyRequest {

@@ -82,6 +82,13 @@ pub const TARGETS: &[Target] = &[
         seeds: seeds::spill_indexes,
         repair: seeds::repair_tail,
     },
+    Target { name: "key-record", entry: daemon::fuzz::key_record, seeds: seeds::key_records, repair: keep },
+    Target {
+        name: "audit-log",
+        entry: daemon::fuzz::audit_log,
+        seeds: seeds::audit_logs,
+        repair: seeds::repair_audit_line,
+    },
     Target { name: "protocol-message", entry: protocol::fuzz::message, seeds: seeds::messages, repair: keep },
 ];
 

@@ -363,7 +363,63 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
         Message::SetAccess(protocol::SetAccess { mirror: MIRROR, epoch: Epoch(3), volumes: vec![access] }),
         Message::Grow { volume: block::VolumeIndex(0), size: ByteCount(1 << 21) },
         Message::Grown { volume: block::VolumeIndex(0), size: ByteCount(1 << 21), trouble: "full".into() },
+        Message::SetKeys(protocol::SetKeys {
+            mirror: MIRROR,
+            epoch: Epoch(3),
+            lock: protocol::TenantLock::Keep,
+            volumes: vec![(VolumeId::from_bytes([1; 16]), vec![6; 248])],
+        }),
         Message::Ping,
     ];
     messages.iter().map(|message| message.encode().to_vec()).collect()
+}
+
+/// Wrapped-key records, one of each kind of root.
+pub(super) fn key_records() -> Vec<Vec<u8>> {
+    let record = |root, length| {
+        let tenant = block::TenantId::from_bytes([3; 16]);
+        let domain = crypto::WrappedDomainKey::new(tenant, root, 2, vec![9; length]).ok()?;
+        let key = crypto::DataKey::from_random(std::array::from_fn(|at| u8::from(at == 0))).ok()?;
+        let random = crypto::Zeroizing::new([5; 32]);
+        let volume = VolumeId::from_bytes([1; 16]);
+        let above = crypto::DomainKey::from_bytes([1; 32]);
+        Some(crypto::KeyRecord::wrap(&key, volume, &above, domain, 7, &random).encode())
+    };
+    let records = [record(crypto::RootKind::File, 56), record(crypto::RootKind::Pkcs11, 60)];
+    records.into_iter().flatten().collect()
+}
+
+fn audit_entry(sequence: u64, previous: String) -> daemon::audit::Entry {
+    daemon::audit::Entry {
+        sequence,
+        time: control::Timestamp(block::WallTime(1_700_000_000_000_000_000)),
+        actor: "user 0, process 7".into(),
+        action: "key rotate".into(),
+        object: "volume 'db'".into(),
+        outcome: daemon::audit::Outcome::Done,
+        detail: String::new(),
+        previous,
+    }
+}
+
+/// Audit logs: one line without its end, and two lines.
+pub(super) fn audit_logs() -> Vec<Vec<u8>> {
+    let first = audit_entry(1, String::new()).line();
+    let bare = first.strip_suffix(b"\n").unwrap_or(&first).to_vec();
+    let head = daemon::audit::Entry::read(&bare).map(|(_, hash)| hash).unwrap_or_default();
+    let second = audit_entry(2, head).line();
+    vec![bare, [first, second].concat()]
+}
+
+/// Puts the right hash into a changed line, if it still reads as an entry.
+pub(super) fn repair_audit_line(input: &mut [u8]) {
+    let Some(at) = input.len().checked_sub(75) else { return };
+    let Some((body, _)) = input.split_at_checked(at) else { return };
+    let entry = [body, b"}"].concat();
+    let Ok(entry) = serde_json::from_slice::<daemon::audit::Entry>(&entry) else { return };
+    let line = entry.line();
+    let line = line.strip_suffix(b"\n").unwrap_or(&line);
+    if line.len() == input.len() {
+        input.copy_from_slice(line);
+    }
 }

@@ -40,6 +40,8 @@ pub struct Site {
     console: SocketAddr,
     child: Option<Child>,
     log: Log,
+    /// Variables of the daemon's environment.
+    environment: Vec<(String, PathBuf)>,
 }
 
 impl Site {
@@ -58,6 +60,7 @@ impl Site {
             console: free_port(),
             child: None,
             log,
+            environment: Vec::new(),
         };
         site.write_settings()?;
         site.resume()?;
@@ -82,6 +85,21 @@ impl Site {
             text = text.lines().map(changed).collect();
         }
         Ok(fs::write(self.directory.join("settings.toml"), text)?)
+    }
+
+    /// Changes a setting that no flag has, for the next start.
+    ///
+    /// # Errors
+    /// If there is no such setting.
+    pub fn set_setting(&mut self, key: &str, value: &str) -> Result<()> {
+        self.options.settings.retain(|(known, _)| known != key);
+        self.options.settings.push((key.to_owned(), value.to_owned()));
+        self.write_settings()
+    }
+
+    /// Sets a variable of the daemon's environment to a path, for the next start.
+    pub fn set_environment(&mut self, variable: &str, path: &Path) {
+        self.environment.push((variable.to_owned(), path.to_owned()));
     }
 
     /// The daemon's command line.
@@ -140,6 +158,7 @@ impl Site {
         ensure!(self.child.is_none(), "{} runs already", self.name);
         let from = self.log.length();
         let mut command = self.daemon_command()?;
+        command.envs(self.environment.iter().map(|(variable, path)| (variable, path)));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         let mut child = command.spawn().context("cannot start farshored")?;
         if let Some(pipe) = child.stderr.take() {

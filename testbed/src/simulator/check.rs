@@ -174,6 +174,8 @@ impl World {
             | Message::AccessSet
             | Message::Grow { .. }
             | Message::Grown { .. }
+            | Message::SetKeys(_)
+            | Message::KeysSet
             | Message::Ping
             | Message::Pong { .. } => {}
         }
