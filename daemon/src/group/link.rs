@@ -150,7 +150,13 @@ impl Primary {
                 LinkNews::Nothing
             }
             Message::PassRefused { pass, missing } => self.pass_refused(pass, missing, now, out),
-            Message::Hello(_)
+            Message::LeaseAsk { asked } => {
+                self.lease_asked(session, asked, now, out);
+                LinkNews::Nothing
+            }
+            Message::LeaseOffer
+            | Message::LeaseGrant { .. }
+            | Message::Hello(_)
             | Message::AbortPass { .. }
             | Message::HashRequest(_)
             | Message::VerifyRequest(_)
@@ -237,6 +243,7 @@ impl Primary {
             | ResumePlan::Unrelated) => plan,
         };
         self.link = Link::Up { session };
+        self.sync.welcomed();
         self.trouble = None;
         self.hear_clock(welcome.clock);
         let mut news = LinkNews::Heard;

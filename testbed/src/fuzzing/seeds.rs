@@ -362,6 +362,7 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
         }),
         Message::SetAccess(protocol::SetAccess { mirror: MIRROR, epoch: Epoch(3), volumes: vec![access] }),
         Message::Ping,
+        Message::LeaseAsk { asked: block::Monotonic(77) },
     ];
     messages.iter().map(|message| message.encode().to_vec()).collect()
 }

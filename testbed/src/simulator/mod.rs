@@ -23,6 +23,7 @@ mod disk;
 mod drill;
 mod fault;
 mod host;
+mod leases;
 mod network;
 mod oracle;
 mod orphans;
@@ -86,6 +87,10 @@ pub struct Statistics {
     pub spilled: u64,
     /// Starts that went on with a clean stop's journal.
     pub continued: u64,
+    /// Looks at a target whose lease was valid.
+    pub leased: u64,
+    /// Failovers that said they lose nothing.
+    pub lossless: u64,
 }
 
 impl Statistics {
@@ -105,6 +110,8 @@ impl Statistics {
         self.verified += other.verified;
         self.spilled += other.spilled;
         self.continued += other.continued;
+        self.leased += other.leased;
+        self.lossless += other.lossless;
     }
 }
 

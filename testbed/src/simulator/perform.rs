@@ -385,11 +385,13 @@ impl World {
         let file = usize::from(volume.0);
         let first = self.first_block(file) + size(range.first_block().0);
         let now = self.sites[site].lineage;
+        let sent = self.sites[site].sent.is_some_and(|(of, last)| of == lineage && sequence <= last);
+        self.note_home_ended(site, lineage, sequence);
         for index in 0..size(range.block_count().0) {
             let offset = range.offset() + wide(index) * 4096;
             let hash = oracle::hash(&self.sites[site].files[file].read(offset, 4096));
             if failed {
-                self.oracle.failed(lineage, sequence, first + index, hash);
+                self.oracle.failed(lineage, sequence, first + index, hash, sent);
             }
             if let Some(now) = now.filter(|now| *now != lineage) {
                 self.oracle.late(now, first + index, hash);
@@ -413,6 +415,7 @@ impl World {
             self.oracle.acked[site].push_back(oracle::Acked { lineage, sequence, at });
             self.oracle.history[site].push(oracle::Acked { lineage, sequence, at });
         }
+        self.check_lease(1 - site);
     }
 
     // ---- network ----
@@ -442,6 +445,7 @@ impl World {
             Err(error) => return self.fail(format!("a cut that was sent does not decode: {error}")),
         };
         self.check_rate(site, false, wide(cut.len()));
+        self.sites[site].sent = Some((oracle::key(&decoded.tip.position), decoded.meta.last.0));
         self.statistics.cuts += 1;
         self.statistics.staged += u64::from(!decoded.meta.commit);
         for record in decoded.records.iter().filter(|record| record.kind == RecordKind::Bad) {
