@@ -13,7 +13,7 @@ const REGION_BYTES: u64 = 4 << 20;
 const WAIT_MAX: Duration = Duration::from_secs(6);
 
 fn in_force(wanted: bool) -> impl Fn(&Value) -> bool {
-    move |view| view["sync"]["in_force"] == wanted
+    move |view| view.pointer("/sync/in_force") == Some(&Value::Bool(wanted))
 }
 
 fn synchronous(world: &World, policy: &str) -> Result<Pair> {

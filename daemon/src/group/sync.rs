@@ -201,7 +201,6 @@ impl Primary {
         let here = self.chain.as_ref().is_some_and(|chain| chain.last().position.same_lineage(&self.start));
         self.session().is_some()
             && self.gate == Gate::Open
-            && self.admission_open
             && here
             && self.pass.is_none()
             && self.folded_from.is_none()
@@ -286,7 +285,7 @@ impl Primary {
             return;
         }
         let small = self.ring.bytes() <= self.ring.budget().bytes_max / JOIN_RING_PART;
-        if next_try.is_none() && small && self.follows() {
+        if next_try.is_none() && small && self.admission_open && self.follows() {
             self.sync.standing = Standing::Joining { through: self.last, give_up: now + JOIN_MAX };
         }
     }

@@ -39,7 +39,8 @@ impl World {
                 let content = data.map_or_else(|| Content::Zeros(size(device.length())), Content::Data);
                 self.host_write(site, volume, step, device, content, durable, false);
             }
-            Effect::ZeroRange { volume, step, device, .. } => {
+            Effect::ZeroRange { volume, step, command, device } => {
+                self.sites[site].prepared.insert((volume, step), command);
                 let content = Content::Zeros(size(device.length()));
                 self.host_write(site, volume, step, device, content, false, true);
             }
@@ -174,12 +175,12 @@ impl World {
         let prepared = site.prepared.remove(&(volume, step));
         let command = prepared.or_else(|| {
             let waits = site.commands.iter().find(|((of, _), known)| {
-                let zeroes =
-                    matches!(known.command, HostCommand::WriteZeroes { .. } | HostCommand::Trim { .. });
-                let inside = known.command.range().is_some_and(|range| range.unit_inward().contains(write.2));
+                let zeroes = matches!(known.command, HostCommand::WriteZeroes { .. });
+                // One that is short enough for written zeros writes all of its whole units at once.
+                let these = known.command.range().is_some_and(|range| range.unit_inward() == write.2);
                 *of == volume
                     && zeroes
-                    && inside
+                    && these
                     && !known.writes.iter().any(|(_, _, range)| *range == write.2)
             });
             waits.map(|((_, id), _)| *id)
