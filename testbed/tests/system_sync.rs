@@ -199,7 +199,12 @@ fn the_mode_is_changed_under_load() -> Result<()> {
         pair.west.kill9()?;
         pair.west.resume()?;
         pair.west.wait_for_mirror("synchronous", TIMEOUT, in_force(true))?;
-        pair.west.wait_caught_up()?;
+        // The role can be given away while it is in force.
+        pair.west.run("mirror switch mirror")?;
+        let mut client = pair.east.wait_for_export("data", TIMEOUT)?;
+        client.write(0, &[7; 4096])?;
+        client.disconnect()?;
+        pair.east.wait_caught_up()?;
         pair.check_equal("data")
     })
 }
