@@ -8,8 +8,8 @@ use std::time::Duration;
 use block::{ByteCount, TenantId, VolumeName};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use control::{
-    Cache, HostAccess, HostIdentity, HostPort, Iops, MirrorMode, MirrorState, Overload, Rate, RecoveryTarget,
-    Side, TlsRule, UnknownState, VolumeAccessChange, VolumeCreate,
+    Cache, HostAccess, HostIdentity, HostPort, Iops, LinkFailure, MirrorMode, MirrorState, Overload, Rate,
+    RecoveryTarget, Side, TlsRule, UnknownState, VolumeAccessChange, VolumeCreate,
 };
 
 /// Where a daemon started with `--config` listens if its settings do not say otherwise.
@@ -395,6 +395,10 @@ pub(crate) struct MirrorCreateArguments {
     /// When a host's write is answered.
     #[arg(long, value_enum, default_value_t = ModeWord::Async)]
     pub(crate) mode: ModeWord,
+    /// What gives way when the partner of a synchronous mirror is away: degrade the mode, until it is back; stop the
+    /// hosts' writes.
+    #[arg(long, value_enum, default_value_t = LinkFailureWord::Degrade)]
+    pub(crate) on_link_failure: LinkFailureWord,
     /// The RPO budget, in whole seconds, as in 15m; the site's setting if not given.
     #[arg(long, value_parser = whole_seconds)]
     pub(crate) rpo: Option<NonZeroU32>,
@@ -413,6 +417,13 @@ pub(crate) struct MirrorCreateArguments {
 pub(crate) struct MirrorSetArguments {
     /// The mirror's name.
     pub(crate) name: VolumeName,
+    /// When a host's write is answered: async when it is home, sync when the partner has received it too.
+    #[arg(long, value_enum)]
+    pub(crate) mode: Option<ModeWord>,
+    /// What gives way when the partner of a synchronous mirror is away: degrade the mode, until it is back; stop the
+    /// hosts' writes.
+    #[arg(long, value_enum)]
+    pub(crate) on_link_failure: Option<LinkFailureWord>,
     /// The RPO budget, in whole seconds, as in 15m.
     #[arg(long, value_parser = whole_seconds)]
     pub(crate) rpo: Option<NonZeroU32>,
@@ -487,6 +498,7 @@ macro_rules! word {
 word!(CacheWord => Cache { None, Page });
 word!(ModeWord => MirrorMode { Async, Sync });
 word!(OverloadWord => Overload { Bitmap, Pace, Stop });
+word!(LinkFailureWord => LinkFailure { Degrade, Stop });
 word!(TlsWord => TlsRule { Optional, Required });
 word!(SideWord => Side { Local, Partner });
 

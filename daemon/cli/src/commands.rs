@@ -275,6 +275,7 @@ fn mirror_create(arguments: MirrorCreateArguments) -> MirrorCreate {
         partner: arguments.partner,
         volumes: arguments.volumes,
         mode: arguments.mode.into(),
+        on_link_failure: arguments.on_link_failure.into(),
         rpo_seconds: arguments.rpo,
         overload: arguments.overload.into(),
         bandwidth: arguments.bandwidth,
@@ -284,6 +285,8 @@ fn mirror_create(arguments: MirrorCreateArguments) -> MirrorCreate {
 
 fn mirror_set(arguments: &MirrorSetArguments) -> MirrorSet {
     MirrorSet {
+        mode: arguments.mode.map(Into::into),
+        on_link_failure: arguments.on_link_failure.map(Into::into),
         rpo_seconds: arguments.rpo,
         overload: arguments.overload.map(Into::into),
         bandwidth: arguments.bandwidth,

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    AuditView, FailoverResult, HostAccess, HostWrites, MirrorView, OrphansView, PartnerView, ProviderView,
-    RotationView, StatusView, TenantView, VerifyView, VolumeAccess, VolumeView,
+    AuditView, FailoverResult, HostAccess, HostWrites, MirrorMode, MirrorView, OrphansView, PartnerView, ProviderView, RotationView, StatusView, TenantView, VerifyView, VolumeAccess, VolumeView,
 };
 
 use crate::table::Table;
@@ -183,7 +182,7 @@ pub(crate) fn mirror(view: &MirrorView) -> String {
     });
     Table::properties(vec![
         ("name", Some(view.name.to_string())),
-        ("mode", Some(view.mode.to_string())),
+        ("mode", Some(mode(view))),
         ("role", Some(view.role.to_string())),
         ("state", Some(view.state.to_string())),
         ("reason", view.state_reason.clone()),
@@ -280,6 +279,12 @@ pub(crate) fn orphans(view: &OrphansView) -> String {
 
 /// What a failover cost, as a sentence.
 pub(crate) fn failover(name: &VolumeName, result: &FailoverResult) -> String {
+    if result.zero_loss {
+        return format!(
+            "mirror '{name}' is primary here: recovery point {} of {}, zero loss: every answered write is here\n",
+            result.recovery_point.position, result.recovery_point.time
+        );
+    }
     let bound = if result.seconds_lost_bound { "at most " } else { "" };
     format!(
         "mirror '{name}' is primary here: recovery point {} of {}, {bound}{:.3} seconds of writes lost\n",
@@ -320,6 +325,17 @@ fn budget(view: &MirrorView) -> String {
         0 => budget,
         alert => format!("{budget}, alert: {alert} % are used up"),
     }
+}
+
+fn mode(view: &MirrorView) -> String {
+    let mut text = view.mode.to_string();
+    if view.mode == MirrorMode::Sync {
+        text.push_str(&format!(", {} on link failure", view.on_link_failure));
+    }
+    if let Some(sync) = &view.sync {
+        text.push_str(&format!("; {}", sync.text));
+    }
+    text
 }
 
 fn overload(view: &MirrorView) -> String {

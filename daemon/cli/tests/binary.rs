@@ -96,6 +96,8 @@ fn mirror(state: MirrorState) -> MirrorView {
         journal_tier: JournalTier::Ring,
         resync: None,
         orphaned_bytes: 0,
+        on_link_failure: control::LinkFailure::Degrade,
+        sync: None,
         overload: Overload::Bitmap,
         pressure: control::PressureView::default(),
         bandwidth: control::Rate::default(),

@@ -26,9 +26,9 @@ pub use access::{
 };
 pub use call::{Call, CallError, Method};
 pub use mirror::{
-    FailoverRequest, FailoverResult, JournalTier, MirrorCreate, MirrorMemory, MirrorMode, MirrorStart,
-    MirrorState, MirrorView, OrphanView, OrphansRequest, OrphansView, Overload, RecoveryPoint, ResyncView,
-    Role, Side, UnknownState,
+    FailoverRequest, FailoverResult, JournalTier, LinkFailure, MirrorCreate, MirrorMemory, MirrorMode,
+    MirrorStart, MirrorState, MirrorView, OrphanView, OrphansRequest, OrphansView, Overload, RecoveryPoint,
+    ResyncView, Role, Side, SyncView, UnknownState,
 };
 pub use partner::{AddressError, CERTIFICATE_BYTES_MAX, CertificateView, HostPort, PartnerAdd, PartnerView};
 pub use policy::{HostWrites, MirrorSet, PressureView, Rate, RateError};

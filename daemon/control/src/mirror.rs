@@ -45,6 +45,19 @@ pub enum MirrorMode {
 
 words!(MirrorMode, Async = "async", Sync = "sync");
 
+/// What gives way when the partner of a synchronous mirror is away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LinkFailure {
+    /// The mode: writes are answered without the partner until it is back.
+    #[default]
+    Degrade,
+    /// The hosts' writes: they wait, and are refused when that takes too long.
+    Stop,
+}
+
+words!(LinkFailure, Degrade = "degrade", Stop = "stop");
+
 /// What gives way when the partner cannot keep up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -169,6 +182,9 @@ pub struct MirrorCreate {
     /// The mode.
     #[serde(default)]
     pub mode: MirrorMode,
+    /// What gives way when the partner of a synchronous mirror is away.
+    #[serde(default)]
+    pub on_link_failure: LinkFailure,
     /// The RPO budget in seconds; none for the site's setting.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rpo_seconds: Option<NonZeroU32>,
@@ -213,6 +229,9 @@ pub struct FailoverResult {
     pub seconds_lost: f64,
     /// True if `seconds_lost` is an upper bound, not exact.
     pub seconds_lost_bound: bool,
+    /// True if nothing is lost that a host was told of: synchronous mirroring was in force.
+    #[serde(default)]
+    pub zero_loss: bool,
 }
 
 /// Body of `POST /v1/mirrors/NAME/orphans`, sent to the old primary.
@@ -288,6 +307,16 @@ pub struct MirrorMemory {
     pub spill_bytes_max: u64,
 }
 
+/// Whether synchronous mirroring is in force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SyncView {
+    /// At the primary: writes are answered only when the partner has received them. At the secondary: a failover now
+    /// loses nothing.
+    pub in_force: bool,
+    /// The same in words, or what it waits for.
+    pub text: String,
+}
+
 /// A mirror as `mirror show` tells it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MirrorView {
@@ -328,6 +357,13 @@ pub struct MirrorView {
     pub resync: Option<ResyncView>,
     /// Bytes that this site, once primary, wrote and the present primary's image lacks.
     pub orphaned_bytes: u64,
+    /// What gives way when the partner of a synchronous mirror is away.
+    #[serde(default)]
+    pub on_link_failure: LinkFailure,
+    /// Whether synchronous mirroring is in force at this moment; null where it is not wanted. At a secondary it is null
+    /// unless a failover now is known to lose nothing.
+    #[serde(default)]
+    pub sync: Option<SyncView>,
     /// The policy on overload.
     pub overload: Overload,
     /// What the RPO alert and that policy do now: `rpo_alert_percent`, `limit_lowered_percent`, `host_writes`.
@@ -377,6 +413,7 @@ mod tests {
     #[test]
     fn words_are_the_same_in_json_and_in_tables() {
         words(MirrorMode::ALL);
+        words(LinkFailure::ALL);
         words(Overload::ALL);
         words(Role::ALL);
         words(MirrorState::ALL);

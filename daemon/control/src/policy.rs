@@ -6,12 +6,18 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Overload;
+use crate::{LinkFailure, MirrorMode, Overload};
 
 /// Body of `POST /v1/mirrors/NAME/set`: what is to change of a mirror, on the site that is asked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MirrorSet {
+    /// When a host's write is answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<MirrorMode>,
+    /// What gives way when the partner of a synchronous mirror is away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_link_failure: Option<LinkFailure>,
     /// The RPO budget in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rpo_seconds: Option<NonZeroU32>,
@@ -195,6 +201,8 @@ mod tests {
     fn a_change_names_only_what_it_changes() {
         let set: MirrorSet = serde_json::from_str(r#"{"overload":"stop"}"#).unwrap();
         assert_eq!(set, MirrorSet { overload: Some(Overload::Stop), ..MirrorSet::default() });
-        assert!(serde_json::from_str::<MirrorSet>(r#"{"mode":"sync"}"#).is_err());
+        let set: MirrorSet = serde_json::from_str(r#"{"mode":"sync"}"#).unwrap();
+        assert_eq!(set, MirrorSet { mode: Some(MirrorMode::Sync), ..MirrorSet::default() });
+        assert!(serde_json::from_str::<MirrorSet>(r#"{"partner":"az2"}"#).is_err());
     }
 }

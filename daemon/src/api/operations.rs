@@ -74,7 +74,7 @@ pub trait Operations: Send + Sync + 'static {
     fn partner_show(&self, name: VolumeName) -> impl Future<Output = Outcome<PartnerView>> + Send;
     /// Removes a partner that no mirror needs.
     fn partner_remove(&self, name: VolumeName) -> impl Future<Output = Outcome<()>> + Send;
-    /// Creates a mirror; its mode is async, its volumes are distinct and at least one.
+    /// Creates a mirror; its volumes are distinct and at least one.
     fn mirror_create(&self, create: MirrorCreate) -> impl Future<Output = Outcome<MirrorView>> + Send;
     /// All mirrors, by name.
     fn mirror_list(&self) -> impl Future<Output = Outcome<Vec<MirrorView>>> + Send;

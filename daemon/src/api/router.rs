@@ -9,7 +9,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use control::{FailoverRequest, MirrorCreate, MirrorMode, Problem, ProblemKind, REQUEST_BYTES_MAX};
+use control::{FailoverRequest, MirrorCreate, Problem, ProblemKind, REQUEST_BYTES_MAX};
 use serde::Serialize;
 
 use super::extract::{Body, Name, Refusal};
@@ -159,10 +159,6 @@ async fn mirror_create<O: Operations>(
     Body(create): Body<MirrorCreate>,
 ) -> Result<Response, Refusal> {
     let name = &create.name;
-    if create.mode == MirrorMode::Sync {
-        let detail = format!("mirror '{name}' cannot be sync: this version mirrors with --mode async only");
-        return Err(Refusal::new(ProblemKind::Refused, detail));
-    }
     let mut volumes = create.volumes.clone();
     volumes.sort_unstable();
     volumes.dedup();

@@ -88,6 +88,8 @@ fn mirror(name: VolumeName) -> MirrorView {
         journal_tier: control::JournalTier::Ring,
         resync: None,
         orphaned_bytes: 0,
+        on_link_failure: control::LinkFailure::Degrade,
+        sync: None,
         overload: Overload::Bitmap,
         pressure: control::PressureView::default(),
         bandwidth: control::Rate::default(),
@@ -244,6 +246,7 @@ impl Operations for Fake {
             recovery_point: RecoveryPoint { position: Position::default(), time: Timestamp::default() },
             seconds_lost: 0.25,
             seconds_lost_bound: true,
+            zero_loss: false,
         })
     }
 
@@ -423,12 +426,13 @@ fn name(text: &str) -> VolumeName {
     text.parse().unwrap()
 }
 
-fn mirror_create(mode: MirrorMode, volumes: &[&str]) -> MirrorCreate {
+fn mirror_create(volumes: &[&str]) -> MirrorCreate {
     MirrorCreate {
         name: name("m"),
         partner: name("p"),
         volumes: volumes.iter().copied().map(name).collect(),
-        mode,
+        mode: MirrorMode::Sync,
+        on_link_failure: control::LinkFailure::Degrade,
         rpo_seconds: None,
         overload: Overload::Bitmap,
         bandwidth: control::Rate::default(),
@@ -465,7 +469,7 @@ async fn every_call_of_the_command_line_reaches_its_operation() {
     api.send(Call::partner_list()).await.unwrap();
     api.send(Call::partner_show(&name("p"))).await.unwrap();
     api.send(Call::partner_remove(&name("p"))).await.unwrap();
-    api.send(Call::mirror_create(&mirror_create(MirrorMode::Async, &["a", "b"]))).await.unwrap();
+    api.send(Call::mirror_create(&mirror_create(&["a", "b"]))).await.unwrap();
     api.send(Call::mirror_list()).await.unwrap();
     assert_eq!(api.send(Call::mirror_show(&name("m"))).await.unwrap(), mirror(name("m")));
     let set = MirrorSet { overload: Some(Overload::Pace), ..MirrorSet::default() };
@@ -555,11 +559,9 @@ async fn what_is_no_request_of_the_api_is_refused_before_the_daemon_is_asked() {
         assert_eq!(answered, status, "{method} {path}: {problem}");
         assert!(!problem.detail.contains('\n'), "{problem}");
     }
-    for (create, expected) in [
-        (mirror_create(MirrorMode::Sync, &["a"]), "--mode async only"),
-        (mirror_create(MirrorMode::Async, &[]), "at least one volume"),
-        (mirror_create(MirrorMode::Async, &["a", "b", "a"]), "each only once"),
-    ] {
+    for (create, expected) in
+        [(mirror_create(&[]), "at least one volume"), (mirror_create(&["a", "b", "a"]), "each only once")]
+    {
         let refused = api.send(Call::mirror_create(&create)).await.unwrap_err().to_string();
         assert!(refused.contains(expected), "{refused}");
     }

@@ -255,6 +255,8 @@ impl Catalogue {
         let old = state.content.mirrors.get(&wanted.id);
         let old = old.ok_or_else(|| CatalogueError::unknown_mirror(wanted.id))?;
         let new = MirrorRecord {
+            mode: wanted.mode,
+            on_link_failure: wanted.on_link_failure,
             rpo_seconds: wanted.rpo_seconds,
             overload: wanted.overload,
             bandwidth: wanted.bandwidth,

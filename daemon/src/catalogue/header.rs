@@ -11,8 +11,8 @@ use std::path::Path;
 
 use block::{ByteCount, IopsLimit, MirrorId, SiteId, VolumeId, VolumeIndex};
 use control::{
-    ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, CERTIFICATE_BYTES_MAX, Cache, HostAccess, Iops, MirrorMode,
-    Overload, Rate, Role, VolumeAccess,
+    ACCESS_HOSTS_BYTES_MAX, ACCESS_HOSTS_MAX, CERTIFICATE_BYTES_MAX, Cache, HostAccess, Iops, LinkFailure,
+    MirrorMode, Overload, Rate, Role, VolumeAccess,
 };
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -31,9 +31,10 @@ pub(super) const HEADER_BYTES: usize = 2 * SLOT_BYTES;
 /// The same as a file offset.
 const SLOT_OFFSET: u64 = 16 << 10;
 const MAGIC: [u8; 8] = *b"FARSHVOL";
-/// Version 3 lacks the mirror's rates, version 2 also the volume's revision, version 1 also the access to it: their places
-/// are zero there, which means no limit, that nothing was changed yet, and any host.
-const VERSION: u32 = 4;
+/// Version 4 lacks the mirror's policy on link failure, version 3 also its rates, version 2 also the volume's revision,
+/// version 1 also the access to it: their places are zero there, which means that the mode gives way, no limit, that
+/// nothing was changed yet, and any host.
+const VERSION: u32 = 5;
 const VERSIONS: std::ops::RangeInclusive<u32> = 1..=VERSION;
 const FIXED_BYTES: usize = 256;
 const TEXT_BYTES: usize = SLOT_BYTES - FIXED_BYTES;
@@ -82,7 +83,8 @@ struct Fixed {
     volume_revision: U64,
     bandwidth: U64,
     resync_rate: U64,
-    reserved: [u8; 88],
+    on_link_failure: u8,
+    reserved: [u8; 87],
 }
 
 /// A whole slot.
@@ -264,6 +266,9 @@ impl Header {
         if fixed.version.get() < 4 && rates {
             return Err(HeaderError::Field("bandwidth"));
         }
+        if fixed.version.get() < 5 && fixed.on_link_failure != 0 {
+            return Err(HeaderError::Field("on_link_failure"));
+        }
         if fixed.reserved_before != 0 || fixed.reserved.iter().any(|byte| *byte != 0) {
             return Err(HeaderError::Field("reserved"));
         }
@@ -385,6 +390,10 @@ fn encode_mirror(part: &MirrorPart, fixed: &mut Fixed) {
     fixed.rpo_seconds = U32::new(mirror.rpo_seconds.get());
     fixed.bandwidth = rate_field(mirror.bandwidth);
     fixed.resync_rate = rate_field(mirror.resync_rate);
+    fixed.on_link_failure = match mirror.on_link_failure {
+        LinkFailure::Degrade => 0,
+        LinkFailure::Stop => 1,
+    };
     fixed.mirror = mirror.id.to_bytes();
     fixed.epoch = U64::new(group.epoch);
     fixed.incarnation = U64::new(group.incarnation);
@@ -424,6 +433,11 @@ fn decode_mirror(fixed: &Fixed, texts: &[&[u8]; TEXTS]) -> Result<Option<MirrorP
         name: text(name, "mirror_name")?,
         partner: partner.name.clone(),
         mode: meaning(MirrorMode::ALL, fixed.mode, "mode")?,
+        on_link_failure: match fixed.on_link_failure {
+            0 => LinkFailure::Degrade,
+            1 => LinkFailure::Stop,
+            _ => return Err(HeaderError::Field("on_link_failure")),
+        },
         rpo_seconds: fixed.rpo_seconds.get().try_into().map_err(|_| HeaderError::Field("rpo_seconds"))?,
         overload: meaning(Overload::ALL, fixed.overload, "overload")?,
         bandwidth: rate(fixed.bandwidth, "bandwidth")?,

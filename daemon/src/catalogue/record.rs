@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use block::{ByteCount, MirrorId, VolumeId, VolumeName};
-use control::{Cache, HostPort, Iops, MirrorMode, Overload, Rate, Role, VolumeAccess};
+use control::{Cache, HostPort, Iops, LinkFailure, MirrorMode, Overload, Rate, Role, VolumeAccess};
 use serde::{Deserialize, Serialize};
 
 /// The longest wrapped data key, in bytes.
@@ -64,6 +64,9 @@ pub struct MirrorRecord {
     pub partner: VolumeName,
     /// The mode.
     pub mode: MirrorMode,
+    /// What gives way when the partner of a synchronous mirror is away. A row without it has `degrade`.
+    #[serde(default)]
+    pub on_link_failure: LinkFailure,
     /// The RPO budget.
     pub rpo_seconds: NonZeroU32,
     /// The policy on overload.

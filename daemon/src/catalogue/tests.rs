@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 use std::path::Path;
 
 use block::ByteCount;
-use control::{Cache, MirrorMode, Overload, Rate, Role, VolumeAccess};
+use control::{Cache, LinkFailure, MirrorMode, Overload, Rate, Role, VolumeAccess};
 use uuid::Uuid;
 
 use super::header::Header;
@@ -150,6 +150,7 @@ fn mirror(text: &str, volumes: &[&VolumeRecord]) -> MirrorRecord {
         name: name(text),
         partner: name("az2"),
         mode: MirrorMode::Async,
+        on_link_failure: LinkFailure::Degrade,
         rpo_seconds: NonZeroU32::new(900).unwrap(),
         overload: Overload::Bitmap,
         bandwidth: Rate::default(),
@@ -581,7 +582,7 @@ fn the_header_stands_as_documented() {
     // Creating, live, mirror not settled, mirror settled: four generations, so the newest is in slot 0.
     let slot = &bytes[..16_384];
     assert_eq!(&slot[..8], b"FARSHVOL");
-    assert_eq!(slot[8..12], [4, 0, 0, 0]);
+    assert_eq!(slot[8..12], [5, 0, 0, 0]);
     assert_eq!(slot[16..24], [4, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(slot[40..56], volume("b", "slow").id.to_bytes());
     assert_eq!(slot[56..64], [0, 0, 16, 0, 0, 0, 0, 0]);
@@ -657,11 +658,29 @@ fn a_header_of_version_3_is_read_and_means_no_limit() {
 }
 
 #[test]
+fn a_header_of_version_4_is_read_and_means_that_the_mode_gives_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut slot = include_bytes!("golden/header-4").to_vec();
+    slot.resize(2 * 16_384, 0);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    let mirror = Header::read(folder.path(), &name("slow")).unwrap().mirror.unwrap().mirror;
+    assert_eq!(mirror.bandwidth, "50MB/s".parse().unwrap());
+    assert_eq!(mirror.on_link_failure, LinkFailure::Degrade);
+    // What the version does not have, it cannot say.
+    slot[168] = 1;
+    reseal(&mut slot[..16_384]);
+    std::fs::write(folder.path().join("header"), &slot).unwrap();
+    assert!(Header::read(folder.path(), &name("slow")).is_err());
+}
+
+#[test]
 fn a_policy_is_in_headers_and_catalogue_and_leaves_the_group_alone() {
     let site = populated();
     let (catalogue, _) = site.open().unwrap();
     let old = catalogue.mirror(&name("m")).unwrap();
     let wanted = MirrorRecord {
+        mode: MirrorMode::Sync,
+        on_link_failure: LinkFailure::Stop,
         overload: Overload::Stop,
         bandwidth: "50MB/s".parse().unwrap(),
         resync_rate: "1MiB/s".parse().unwrap(),

@@ -162,7 +162,13 @@ impl Primary {
                 self.grown(volume, size, trouble, out);
                 LinkNews::Nothing
             }
-            Message::Hello(_)
+            Message::LeaseAsk { asked } => {
+                self.lease_asked(session, asked, now, out);
+                LinkNews::Nothing
+            }
+            Message::LeaseOffer
+            | Message::LeaseGrant { .. }
+            | Message::Hello(_)
             | Message::AbortPass { .. }
             | Message::HashRequest(_)
             | Message::VerifyRequest(_)
@@ -252,6 +258,7 @@ impl Primary {
             | ResumePlan::Unrelated) => plan,
         };
         self.link = Link::Up { session };
+        self.sync.welcomed();
         self.trouble = None;
         self.hear_clock(welcome.clock);
         self.sizes.heard(&welcome.sizes, self.volumes.len());

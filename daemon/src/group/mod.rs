@@ -23,6 +23,7 @@ mod roles;
 mod secondary;
 mod spill;
 mod switch;
+mod sync;
 mod verify;
 mod view;
 mod window;
@@ -43,13 +44,14 @@ use engine::{CommandId, StepId};
 use journal::{Checkpoint, Recovered, RedoLog, RingBudget};
 use protocol::{GroupState, Hello, HelloVerdict, Message, Refusal, RefusalCode, Refuse};
 
-pub use control::{Overload, Side};
+pub use control::{LinkFailure, MirrorMode, Overload, Side};
 pub use drill::{DrillBegun, DrillIo, DrillSnapshot};
 pub use effect::{Effect, IoFailure, IoId, IoRequest, Loudness, SessionId};
 pub use kept::KeptJournal;
 pub use orphans::{OrphanExtent, OrphanProgress};
 pub use overload::{LOWERED_MAX, MirrorPolicy, Pressure, Writes};
 pub use switch::SwitchProgress;
+pub use sync::SyncSnapshot;
 pub use verify::{VerifyProgress, VerifyReport};
 pub use view::{LossReport, MirrorSnapshot, VolumeSnapshot};
 pub use window::{Point, Retention, RewindTo, WindowSnapshot};
@@ -356,9 +358,11 @@ impl Group {
         };
         self.out.forget(kept::is_of_the_spill);
         mirror.planned.end_offer("the mirror was deleted", &mut self.out);
+        let mut held = Vec::new();
         match &mut mirror.machine {
             Machine::Primary(primary) => {
                 primary.close(primary::Link::Stopped, "the mirror was deleted", &mut self.out);
+                held = primary.sync.abandon();
                 let mut locks = primary.copying.abandon();
                 locks.extend(primary.verify.abandon("the mirror was deleted", stamp));
                 self.out.forget(|purpose| {
@@ -372,6 +376,7 @@ impl Group {
             Machine::Secondary(secondary) => secondary.halt("the mirror was deleted", &mut self.out),
             Machine::Changing(_) => {}
         }
+        self.answer_held(held);
         for slot in &mut self.volumes {
             slot.config.mirrored = false;
             slot.volume.set_mirrored(false);
@@ -477,8 +482,17 @@ impl Group {
         let now = self.now;
         self.sealed.remove(&(volume, step));
         if let Some(Mirror { machine: Machine::Primary(primary), .. }) = &mut self.mirror {
+            let waits = result.is_ok() && primary.waits_for_target(volume, step, trimmed, now);
             primary.ended(volume, step, result.is_ok(), now, &mut self.out);
+            if waits {
+                return;
+            }
         }
+        self.answer_written(volume, step, result, trimmed);
+    }
+
+    fn answer_written(&mut self, volume: VolumeIndex, step: StepId, result: HostResult, trimmed: bool) {
+        let now = self.now;
         let Some(slot) = self.slot(volume) else { return };
         let poisoned = slot.volume.is_poisoned();
         if trimmed {
@@ -640,6 +654,7 @@ impl Group {
     fn turn(&mut self) {
         let (now, wall, stamp) = (self.now, self.wall, self.stamp);
         self.spill_turn();
+        self.sync_turn();
         let Some(mirror) = &mut self.mirror else { return };
         mirror.next_change(now, &mut self.out);
         let mut copies = Vec::new();
@@ -725,7 +740,12 @@ impl Group {
             };
             let planned = mirror.planned.poll_timeout(mirror.is_changing());
             let watch = mirror.watch.poll_timeout();
-            [machine, planned, watch, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
+            let sync = match &mirror.machine {
+                Machine::Primary(primary) => primary.sync.poll_timeout(),
+                Machine::Secondary(secondary) => secondary.lease.poll_timeout(),
+                Machine::Changing(_) => None,
+            };
+            [machine, planned, watch, sync, mirror.grace_until, mirror.retry_change_at].into_iter().flatten()
         });
         volumes.chain(mirror).min()
     }
@@ -812,7 +832,7 @@ impl Group {
                 self.link_news(news);
             }
             Machine::Secondary(secondary) if secondary.is_session(session) => {
-                secondary.message(session, message, &mut self.out);
+                secondary.message(session, message, now, &mut self.out);
             }
             Machine::Primary(_) | Machine::Secondary(_) | Machine::Changing(_) => {}
         }

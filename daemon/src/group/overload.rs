@@ -13,7 +13,7 @@ use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
 
 use block::{IopsLimit, Monotonic, VolumeIndex, WallTime};
-use control::Overload;
+use control::{LinkFailure, MirrorMode, Overload};
 
 use super::effect::{Loudness, Outbox};
 use super::primary::{Link, Primary};
@@ -52,6 +52,10 @@ pub struct MirrorPolicy {
     pub bandwidth: Option<NonZeroU64>,
     /// The most bytes a second that copies and comparisons read.
     pub resync_rate: Option<NonZeroU64>,
+    /// When a host's write is answered.
+    pub mode: MirrorMode,
+    /// What gives way when the partner of a synchronous mirror is away.
+    pub on_link_failure: LinkFailure,
 }
 
 /// What hosts' writes meet.

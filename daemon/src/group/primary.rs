@@ -24,6 +24,7 @@ use super::growth::{Sizes, has_blocks};
 use super::rate::ByteLimit;
 use super::resync::{Compare, Copying};
 use super::spill::Spill;
+use super::sync::Sync;
 use super::verify::Verify;
 use super::{CleanState, MirrorSettings};
 
@@ -167,6 +168,7 @@ pub(super) struct Primary {
     pub(super) copying: Copying,
     pub(super) verify: Verify,
     pub(super) sizes: Sizes,
+    pub(super) sync: Sync,
     pub(super) cut_due: Option<Monotonic>,
     /// The bytes of cuts.
     pub(super) bandwidth: ByteLimit,
@@ -244,6 +246,7 @@ impl Primary {
             copying: Copying::default(),
             verify: Verify::default(),
             sizes: Sizes::default(),
+            sync: Sync::new(state.leased, now),
             cut_due: None,
             bandwidth: ByteLimit::new(settings.policy.bandwidth, now),
             copy_rate: ByteLimit::new(settings.policy.resync_rate, now),
@@ -316,14 +319,15 @@ impl Primary {
     /// The writes whose intent is durable now: each has its sequence and its record.
     pub(super) fn poll_admitted(&mut self, now: Monotonic, out: &mut Outbox) -> Vec<(VolumeIndex, StepId)> {
         self.write_intent(out);
-        if !self.admission_open || self.waiting.is_empty() {
+        if !self.admission_open || self.waiting.is_empty() || self.sync.refuses() {
             return Vec::new();
         }
         let mut admitted = Vec::new();
         let mut still_waiting = VecDeque::with_capacity(self.waiting.len());
         for write in std::mem::take(&mut self.waiting) {
             // Asked anew each time: a bit may have cleared while the write waited for another.
-            if self.volume(write.volume).intent.request(write.range) {
+            let durable = self.volume(write.volume).intent.request(write.range);
+            if durable && self.has_room_for(&write) {
                 admitted.push((write.volume, write.step));
                 self.assign(write, now, out);
             } else {
@@ -332,6 +336,16 @@ impl Primary {
         }
         self.waiting = still_waiting;
         admitted
+    }
+
+    /// A write that must be received before it is answered does not fold: it waits for room in the ring.
+    fn has_room_for(&mut self, write: &WaitingWrite) -> bool {
+        let bytes = write.data.as_ref().map_or(0, |data| u64::try_from(data.len()).unwrap_or(u64::MAX));
+        let crowded = self.sync.holds() && self.is_crowded_by(bytes);
+        if crowded {
+            self.sync.pause();
+        }
+        !crowded
     }
 
     /// Writes every intent page that has wanted bits and none in flight.
@@ -431,7 +445,10 @@ impl Primary {
         };
         self.volume(write.volume).tracker.ended(write.range, now);
         if ok {
-            self.rpo.acknowledged(sequence, now);
+            // Otherwise it is not answered yet, or the target has it.
+            if !self.sync.holds() {
+                self.rpo.acknowledged(sequence, now);
+            }
             return;
         }
         // The home content is unknown now: the target drops the record, and the blocks travel as a copy.
@@ -463,7 +480,9 @@ impl Primary {
 
     pub(super) fn cut_limit(&self) -> Sequence {
         let ends = [self.folded_from, self.spill.first()].into_iter().flatten();
-        ends.map(|first| Sequence(first.0 - 1)).fold(self.ended_through(), Sequence::min)
+        // What must be received before it is answered is sent beside its home write.
+        let through = if self.sync.holds() { self.last } else { self.ended_through() };
+        ends.map(|first| Sequence(first.0 - 1)).fold(through, Sequence::min)
     }
 
     /// True if nothing is left to compare or copy and a cut through `through` covers all copies and folded records.
@@ -489,8 +508,11 @@ impl Primary {
         if self.gate != Gate::Open {
             return;
         }
-        self.start_pass_if_needed(out);
-        self.retry_bad(now, out);
+        // A pass begins only when no lease is held any more.
+        if !self.sync.holds() {
+            self.start_pass_if_needed(out);
+            self.retry_bad(now, out);
+        }
         self.push_sizes(now);
         while self.may_send() {
             let (after, limit) = (self.sent_through(), self.cut_limit());
@@ -502,14 +524,16 @@ impl Primary {
             if limit > after && !full && self.cut_due.is_none() {
                 self.cut_due = Some(now + settings.cut_interval);
             }
-            let due = self.cut_due.is_some_and(|due| now >= due);
+            let due = self.sync.holds() || self.cut_due.is_some_and(|due| now >= due);
             let heartbeat = self.pass.is_none() && now.since(self.last_cut) >= HEARTBEAT;
             let wanted = full || (due && limit > after) || commits_pass || (heartbeat && limit <= after);
             if !wanted || !self.bandwidth.admits(now) {
                 return;
             }
             self.send_cut(settings, session, after, through, commits_pass, now, wall, out);
-            self.start_pass_if_needed(out);
+            if !self.sync.holds() {
+                self.start_pass_if_needed(out);
+            }
         }
     }
 
@@ -757,6 +781,7 @@ impl Primary {
     pub(super) fn reincarnate(&mut self, settings: &MirrorSettings, now: Monotonic, out: &mut Outbox) {
         self.close(Link::Down { retry_at: now, attempt: 0 }, "a new incarnation begins", out);
         self.fold_ring();
+        self.sync.strand();
         self.pass = None;
         self.chain = None;
         self.folded_from = None;

@@ -48,6 +48,8 @@ pub(super) enum StateChange {
     Stopped(bool),
     /// An operator allowed the partner's blocks to be overwritten.
     Approve,
+    /// The partner may hold a lease from now on, or holds none any more.
+    Lease(bool),
 }
 
 impl StateChange {
@@ -64,7 +66,8 @@ impl StateChange {
             | Self::Settle(_)
             | Self::Relinquish(_)
             | Self::Stopped(_)
-            | Self::Approve => None,
+            | Self::Approve
+            | Self::Lease(_) => None,
         }
     }
 }
@@ -167,7 +170,8 @@ impl Mirror {
             | StateChange::NewIncarnation
             | StateChange::Complete
             | StateChange::Stopped(_)
-            | StateChange::Approve => false,
+            | StateChange::Approve
+            | StateChange::Lease(_) => false,
         })
     }
 
@@ -225,6 +229,7 @@ impl Mirror {
             StateChange::Relinquish(tip) => state.relinquishing(*tip),
             StateChange::Stopped(stopped) => GroupState { stopped: *stopped, ..state },
             StateChange::Approve => GroupState { overwrite_approved: true, stopped: false, ..state },
+            StateChange::Lease(leased) => GroupState { leased: *leased, ..state },
         }
     }
 
@@ -334,6 +339,7 @@ impl Group {
             Machine::Primary(mut primary) => {
                 primary.close(Link::Stopped, "fenced by a higher epoch", &mut self.out);
                 let waiting = primary.abandon_waiting();
+                let held = primary.sync.abandon();
                 let mut copies = primary.copying.abandon();
                 copies.extend(primary.verify.abandon("this side was fenced", self.stamp));
                 // Their pages in flight are answered while the role changes.
@@ -342,6 +348,8 @@ impl Group {
                 mirror.machine = Machine::Changing(Box::new(Transition::Fencing { stage }));
                 forget_primary(&mut self.out);
                 self.fail_steps(waiting, copies);
+                // The partner may have been promoted without them: no host may hear that they are safe.
+                self.refuse_held(held, HostError::Shutdown);
                 self.out.log(Loudness::Warn, "a higher epoch was heard: this side is fenced".to_owned());
                 self.withdraw(
                     "this side is fenced: the partner was promoted; hosts must use the partner".to_owned(),
@@ -452,7 +460,8 @@ impl Group {
                 | StateChange::Settle(_)
                 | StateChange::Relinquish(_)
                 | StateChange::Stopped(_)
-                | StateChange::Approve,
+                | StateChange::Approve
+                | StateChange::Lease(_),
                 Machine::Primary(_) | Machine::Secondary(_) | Machine::Changing(_),
             ) => {}
         }
@@ -732,7 +741,10 @@ impl Group {
                 mirror.state.epoch.0
             )));
         }
-        Target::choose(secondary, at, self.stamp)
+        let (target, report) = Target::choose(secondary, at, self.stamp)?;
+        // Whatever hosts were told of is here: no primary told them of anything else while the lease is valid.
+        let zero = at.is_none() && secondary.lease.remaining(self.now).is_some();
+        Ok((target, if zero { report.without_loss() } else { report }))
     }
 
     /// `mirror failover`: this side becomes the primary of a new epoch; with `at`, from that point on.
@@ -780,6 +792,7 @@ impl Group {
         match self.mirror.as_mut().map(|mirror| &mut mirror.machine) {
             Some(Machine::Primary(primary)) => {
                 primary.close(Link::Stopped, "the primary is stopping", &mut self.out);
+                primary.sync.stop();
                 primary.keep_journal();
             }
             Some(Machine::Secondary(secondary)) => secondary.halt("the secondary is stopping", &mut self.out),

@@ -11,8 +11,7 @@ use bytes::Bytes;
 use engine::overlay::{CutNumber, Overlay};
 use journal::{Checkpoint, Cut, Placement, Record, RecordKind, RedoFull, RedoLog};
 use protocol::{
-    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, Message, ReceiverChain, Refusal,
-    RefusalCode, Welcome,
+    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, LeaseHolder, Message, ReceiverChain, Refusal, RefusalCode, Welcome,
 };
 
 use super::MirrorSettings;
@@ -118,6 +117,8 @@ pub(super) struct Secondary {
     pub(super) compare: Vec<CompareRange>,
     pub(super) orphaned: Option<(ByteCount, bool)>,
     pub(super) trouble: Option<String>,
+    /// While it is valid this side has everything that hosts were told of.
+    pub(super) lease: LeaseHolder,
     halted: bool,
 }
 
@@ -188,6 +189,7 @@ impl Secondary {
             compare: Vec::new(),
             orphaned: None,
             trouble: None,
+            lease: LeaseHolder::default(),
             halted: false,
         }
     }
@@ -216,6 +218,7 @@ impl Secondary {
 
     /// A hello that was accepted: older sessions end at once, the answer follows when nothing of theirs is left.
     pub(super) fn greet(&mut self, session: SessionId, hello: Hello, out: &mut Outbox) {
+        self.lease.give_back();
         self.end_session("a newer session replaced it", out);
         if let Some(older) = self.greeting.replace(Greeting { session, hello }) {
             out.push(Effect::CloseSession {
@@ -230,6 +233,7 @@ impl Secondary {
         if let Some(session) = self.session.take() {
             out.push(Effect::CloseSession { session, reason: reason.to_owned() });
         }
+        self.lease.session_ended();
         self.drop_incoming();
     }
 
@@ -248,6 +252,7 @@ impl Secondary {
         }
         if self.is_session(session) {
             self.session = None;
+            self.lease.session_ended();
             self.trouble = Some(reason.to_owned());
             self.drop_incoming();
             out.log(Loudness::Info, format!("the session with the primary ended: {reason}"));
@@ -309,8 +314,10 @@ impl Secondary {
         );
     }
 
-    pub(super) fn message(&mut self, session: SessionId, message: Message, out: &mut Outbox) {
+    pub(super) fn message(&mut self, session: SessionId, message: Message, now: Monotonic, out: &mut Outbox) {
         match message {
+            Message::LeaseOffer => self.lease.offered(now),
+            Message::LeaseGrant { asked } => self.lease.granted(asked, now),
             Message::AbortPass { pass } => self.abort_pass(pass, out),
             Message::HashRequest(request) => self.hashes.push_back(Hashing { session, request }),
             Message::VerifyRequest(request) => self.verify_asked(request, out),
@@ -328,6 +335,7 @@ impl Secondary {
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }
+            | Message::LeaseAsk { .. }
             | Message::CreateMirror(_)
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
@@ -431,10 +439,19 @@ impl Secondary {
         self.hold = if keeps && state.consistent && !state.diverged { Hold::Window } else { Hold::Nothing };
         self.welcome_if_quiet(state, wall, out);
         self.grant_wishes(out);
+        self.ask_for_lease(now, out);
         self.start_batch(state, out);
         self.apply_more(settings, now, out);
         self.hash_more(out);
         self.verify_more(out);
+    }
+
+    fn ask_for_lease(&mut self, now: Monotonic, out: &mut Outbox) {
+        if let Some(session) = self.session
+            && let Some(asked) = self.lease.poll_ask(now)
+        {
+            out.push(Effect::Send { session, frame: Message::LeaseAsk { asked }.encode() });
+        }
     }
 
     fn start_batch(&mut self, state: &GroupState, out: &mut Outbox) {

@@ -431,6 +431,12 @@ impl Primary {
         Ok(())
     }
 
+    /// The ring should take no more before the target has received some of it.
+    pub(super) fn is_crowded_by(&self, bytes: u64) -> bool {
+        let added = Held { bytes, records: 1 };
+        !self.ring.is_empty() && !self.ring_held().plus(added).fits(self.ring.budget(), 2)
+    }
+
     fn ring_held(&self) -> Held {
         Held { bytes: self.ring.bytes(), records: self.ring.record_count() }
     }

@@ -10,7 +10,7 @@ use super::drill::DrillSnapshot;
 use super::primary::{Gate, Link, Primary};
 use super::secondary::Secondary;
 use super::window::{Point, WindowSnapshot};
-use super::{Group, Machine, Pressure};
+use super::{Group, Machine, Pressure, SyncSnapshot};
 
 /// What a forced failover loses.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -21,9 +21,16 @@ pub struct LossReport {
     pub time: Option<WallTime>,
     /// At most so much time of acknowledged writes is lost; `None` if it is not known.
     pub lost_at_most: Option<Duration>,
+    /// Nothing is lost that a host was told of: synchronous mirroring is in force.
+    pub zero: bool,
 }
 
 impl LossReport {
+    /// The report of a side whose lease is valid.
+    pub(super) const fn without_loss(self) -> Self {
+        Self { lost_at_most: Some(Duration::ZERO), zero: true, ..self }
+    }
+
     /// The bound by this side's own clock: the last cut echoed a stamp of it, and all that is lost came after.
     pub(super) fn new(tip: Position, point: Option<Point>, wall: WallTime) -> Self {
         Self {
@@ -32,6 +39,7 @@ impl LossReport {
             lost_at_most: point
                 .filter(|point| point.echo.0 > 0)
                 .map(|point| Duration::from_nanos(wall.0.saturating_sub(point.echo.0))),
+            zero: false,
         }
     }
 }
@@ -83,6 +91,8 @@ pub struct MirrorSnapshot {
     pub growing: bool,
     /// Why the last growth ended without its size.
     pub growth_failure: Option<String>,
+    /// Whether synchronous mirroring is in force; `None` if it is not wanted.
+    pub sync: Option<SyncSnapshot>,
 }
 
 /// A volume's counters as the group knows them.
@@ -145,10 +155,12 @@ impl Group {
                 pressure: Pressure::default(),
                 growing: false,
                 growth_failure: None,
+                sync: None,
             },
         };
+        let sync = self.sync_snapshot();
         let reason = mirror.offered_reason().or(snapshot.reason);
-        Some(MirrorSnapshot { reason, pressure: mirror.watch.pressure(), ..snapshot })
+        Some(MirrorSnapshot { reason, pressure: mirror.watch.pressure(), sync, ..snapshot })
     }
 
     /// The sequence of a host's write that is on its way home.
@@ -236,6 +248,7 @@ impl Primary {
             pressure: Pressure::default(),
             growing: self.sizes.is_growing(),
             growth_failure: self.sizes.failure(),
+            sync: None,
         }
     }
 }
@@ -292,6 +305,7 @@ impl Secondary {
             pressure: Pressure::default(),
             growing: false,
             growth_failure: None,
+            sync: None,
         }
     }
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use block::IopsLimit;
 use block::{Epoch, MirrorId, VolumeName};
 use control::{
-    Cache, Iops, MirrorCreate, MirrorMode, Overload, ProblemKind, Rate, TlsRule, VolumeAccessChange,
+    Cache, Iops, LinkFailure, MirrorCreate, MirrorMode, Overload, ProblemKind, Rate, TlsRule,
+    VolumeAccessChange,
 };
 use journal::{Checkpoint, Recovered, RedoConfig};
 use protocol::{CreateMirror, GroupState, Message, MirrorVolume, RefusalCode, Role};
@@ -109,6 +110,7 @@ impl Site {
             name: name.clone(),
             partner: create.partner.clone(),
             mode: create.mode,
+            on_link_failure: create.on_link_failure,
             rpo_seconds: create.rpo_seconds.unwrap_or(self.settings.rpo_seconds),
             overload: create.overload,
             bandwidth: create.bandwidth,
@@ -388,6 +390,7 @@ impl Site {
             name: name.clone(),
             partner: partner.clone(),
             mode: MirrorMode::Async,
+            on_link_failure: LinkFailure::default(),
             rpo_seconds: rpo.unwrap_or(self.settings.rpo_seconds),
             // Policies and limits are a site's own: an operator sets them where hosts are.
             overload: Overload::default(),

@@ -133,6 +133,10 @@ impl Site {
                 format!("at most {:.3} seconds", lost.as_secs_f64())
             });
             let time = Timestamp(report.time.unwrap_or_default());
+            if report.zero {
+                let point = report.recovery_point;
+                return format!("its recovery point would be {point} of {time}, with zero loss");
+            }
             format!(
                 "its recovery point would be {} of {time}, and {lost} of writes lost",
                 report.recovery_point
@@ -354,7 +358,8 @@ impl Operations for Operator {
                 time: Timestamp(report.time.unwrap_or_default()),
             },
             seconds_lost: report.lost_at_most.unwrap_or_default().as_secs_f64(),
-            seconds_lost_bound: true,
+            seconds_lost_bound: !report.zero,
+            zero_loss: report.zero,
         })
     }
 

@@ -199,6 +199,9 @@ impl Site {
             | Message::SwitchAsk
             | Message::SwitchReady { .. }
             | Message::Relinquish { .. }
+            | Message::LeaseOffer
+            | Message::LeaseAsk { .. }
+            | Message::LeaseGrant { .. }
             | Message::Created { .. }
             | Message::Deleted
             | Message::AccessSet

@@ -27,6 +27,8 @@ impl Site {
             hold_bytes: self.settings.receive_pool.0 / HOLD_PART,
             bandwidth: mirror.bandwidth.0,
             resync_rate: mirror.resync_rate.0,
+            mode: mirror.mode,
+            on_link_failure: mirror.on_link_failure,
         }
     }
 
@@ -55,6 +57,8 @@ impl Site {
 
 fn changed(mirror: MirrorRecord, set: MirrorSet) -> MirrorRecord {
     MirrorRecord {
+        mode: set.mode.unwrap_or(mirror.mode),
+        on_link_failure: set.on_link_failure.unwrap_or(mirror.on_link_failure),
         rpo_seconds: set.rpo_seconds.unwrap_or(mirror.rpo_seconds),
         overload: set.overload.unwrap_or(mirror.overload),
         bandwidth: set.bandwidth.unwrap_or(mirror.bandwidth),

@@ -1,7 +1,7 @@
 //! Objects as operators see them.
 
 use control::{
-    Iops, MirrorMemory, MirrorView, PartnerView, ProblemKind, RecoveryPoint, ResyncView, Timestamp,
+    Iops, MirrorMemory, MirrorView, PartnerView, ProblemKind, RecoveryPoint, ResyncView, SyncView, Timestamp,
     VolumeState, VolumeView, WindowView,
 };
 use protocol::Role;
@@ -113,6 +113,11 @@ impl Site {
                 .resync_remaining
                 .map(|remaining| ResyncView { remaining_bytes: remaining.0, eta_seconds: None }),
             orphaned_bytes: view.orphaned.0,
+            on_link_failure: mirror.on_link_failure,
+            sync: view
+                .sync
+                .as_ref()
+                .map(|sync| SyncView { in_force: sync.in_force, text: sync.text.clone() }),
             overload: mirror.overload,
             pressure: super::policy::pressure_view(view.pressure),
             bandwidth: mirror.bandwidth,

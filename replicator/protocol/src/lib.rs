@@ -8,6 +8,7 @@ mod access;
 mod codec;
 pub mod fuzz;
 mod keys;
+mod lease;
 mod lineage;
 mod message;
 mod receiver;
@@ -19,6 +20,7 @@ mod verify;
 pub use access::{MirrorAccess, MirrorHost, SetAccess};
 pub use codec::CodecError;
 pub use keys::{SetKeys, TenantLock};
+pub use lease::{LEASE, LEASE_MARGIN, LEASE_PATIENCE, LeaseGiver, LeaseHolder};
 pub use lineage::{Fork, GroupState, HelloVerdict, Refusal, RefusalCode, ResumePlan, Role};
 pub use message::{
     Ack, CompareRange, CreateMirror, HashReply, HashRequest, Hello, MESSAGE_BYTES_MAX, Message, MirrorVolume,

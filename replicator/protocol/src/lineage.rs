@@ -14,8 +14,8 @@ use crate::message::{Hello, decode_forks, encode_forks};
 /// more of them is compared in full.
 pub(crate) const FORKS_MAX: usize = 100;
 
-/// Version 1 has no `relinquished`; it is still read.
-const STATE_VERSION: u16 = 2;
+/// Version 2 has no `leased`, version 1 also no `relinquished`; they are still read.
+const STATE_VERSION: u16 = 3;
 
 /// What a site is to a mirror.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,6 +62,8 @@ pub struct GroupState {
     /// tip and nothing else. Until it hears of the next epoch it presents that to its partner; the first commit of the
     /// new lineage, or a promotion here, ends it.
     pub relinquished: Option<Tip>,
+    /// This side, as a primary, may have given its partner a lease: see `LeaseGiver`.
+    pub leased: bool,
 }
 
 /// Why a side refuses; the number travels on the wire.
@@ -177,6 +179,7 @@ impl GroupState {
             diverged: false,
             overwrite_approved: false,
             relinquished: None,
+            leased: false,
         }
     }
 
@@ -270,6 +273,8 @@ impl GroupState {
             consistent: self.consistent || self.role == Role::Primary,
             diverged: self.diverged || self.role == Role::Primary,
             overwrite_approved: false,
+            // Whoever held a lease of it is the primary now, or dropped it before that one's hello was answered.
+            leased: false,
             ..self.clone()
         }
     }
@@ -372,6 +377,7 @@ impl GroupState {
         if let Some(tip) = &self.relinquished {
             out.tip(tip);
         }
+        out.bool(self.leased);
         out.finish()
     }
 
@@ -397,11 +403,13 @@ impl GroupState {
             diverged: input.bool("diverged")?,
             overwrite_approved: input.bool("overwrite approved")?,
             relinquished: None,
+            leased: false,
         };
         let relinquished = version >= 2 && input.bool("relinquished")?;
         let relinquished = if relinquished { Some(input.tip()?) } else { None };
+        let leased = version >= 3 && input.bool("leased")?;
         input.finish()?;
-        Ok(Self { relinquished, ..state })
+        Ok(Self { relinquished, leased, ..state })
     }
 }
 
@@ -533,7 +541,8 @@ mod tests {
     fn the_state_survives_the_round_trip() {
         let plain = GroupState::new_secondary(EAST).promoted(WEST, Position::default());
         let given = GroupState { relinquished: Some(tip(plain.start_position())), ..plain.clone() };
-        for state in [plain, given] {
+        let leased = GroupState { leased: true, ..given.clone() };
+        for state in [plain, given, leased] {
             let bytes = state.encode();
             assert_eq!(GroupState::decode(&bytes).unwrap(), state);
             for length in 0..bytes.len() {
@@ -543,14 +552,16 @@ mod tests {
     }
 
     #[test]
-    fn a_state_of_version_1_is_read() {
+    fn states_of_older_versions_are_read() {
         let state = GroupState::new_secondary(EAST).promoted(WEST, Position::default());
         let mut bytes = state.encode();
-        // Version 1 ended before the flag of what was given up.
-        bytes.pop();
-        bytes[0] = 1;
-        assert_eq!(GroupState::decode(&bytes).unwrap(), state);
-        bytes[0] = 3;
+        // Version 2 ended before the flag of the lease, version 1 also before that of what was given up.
+        for version in [2, 1] {
+            bytes.pop();
+            bytes[0] = version;
+            assert_eq!(GroupState::decode(&bytes).unwrap(), state);
+        }
+        bytes[0] = 4;
         assert!(GroupState::decode(&bytes).is_err());
     }
 }

@@ -4,7 +4,8 @@
 //! fields and who may send what when stand in docs/protocols/replication.md.
 
 use block::{
-    ByteCount, ByteRange, Epoch, MirrorId, Position, Sequence, SiteId, Tip, VolumeId, VolumeIndex, WallTime,
+    ByteCount, ByteRange, Epoch, MirrorId, Monotonic, Position, Sequence, SiteId, Tip, VolumeId, VolumeIndex,
+    WallTime,
 };
 use bytes::Bytes;
 
@@ -17,7 +18,7 @@ use crate::lineage::{FORKS_MAX, Fork, RefusalCode};
 use crate::verify::{self, VerifyReply, VerifyRequest};
 
 /// The version that both sides must speak.
-pub const PROTOCOL_VERSION: u16 = 2;
+pub const PROTOCOL_VERSION: u16 = 3;
 /// No control frame is longer.
 pub const MESSAGE_BYTES_MAX: usize = 1 << 20;
 
@@ -243,6 +244,18 @@ pub enum Message {
         /// Why there is none; empty if there is.
         trouble: String,
     },
+    /// Primary to target: mirroring is synchronous, a lease can be asked for.
+    LeaseOffer,
+    /// Target to primary: give me a lease from this moment of my monotonic clock on.
+    LeaseAsk {
+        /// The target's own clock when it asked.
+        asked: Monotonic,
+    },
+    /// Primary to target: it is yours.
+    LeaseGrant {
+        /// The ask's.
+        asked: Monotonic,
+    },
     /// Site to partner, first frame of its own session.
     CreateMirror(CreateMirror),
     /// The partner holds the secondary.
@@ -300,6 +313,9 @@ const PING: u8 = 20;
 const PONG: u8 = 21;
 const VERIFY_REQUEST: u8 = 24;
 const VERIFY_REPLY: u8 = 25;
+const LEASE_OFFER: u8 = 30;
+const LEASE_ASK: u8 = 31;
+const LEASE_GRANT: u8 = 32;
 const SET_ACCESS: u8 = 22;
 const ACCESS_SET: u8 = 23;
 const GROW: u8 = 26;
@@ -359,6 +375,9 @@ impl Message {
                 encode_grow(&mut out, GROWN, *volume, *size);
                 out.counted(cut_short(trouble).as_bytes());
             }
+            Self::LeaseOffer => out.u8(LEASE_OFFER),
+            Self::LeaseAsk { asked } => encode_stamp(&mut out, LEASE_ASK, *asked),
+            Self::LeaseGrant { asked } => encode_stamp(&mut out, LEASE_GRANT, *asked),
             Self::CreateMirror(create) => encode_create(&mut out, create),
             Self::Created { site } => {
                 out.u8(CREATED);
@@ -422,6 +441,9 @@ impl Message {
             ORPHANS => Self::Orphans { bytes: ByteCount(input.u64()?), waiting: input.bool("waiting")? },
             VERIFY_REQUEST => Self::VerifyRequest(verify::decode_request(&mut input)?),
             VERIFY_REPLY => Self::VerifyReply(verify::decode_reply(&mut input)?),
+            LEASE_OFFER => Self::LeaseOffer,
+            LEASE_ASK => Self::LeaseAsk { asked: Monotonic(input.u64()?) },
+            LEASE_GRANT => Self::LeaseGrant { asked: Monotonic(input.u64()?) },
             SWITCH_ASK => Self::SwitchAsk,
             SWITCH_READY => Self::SwitchReady { trouble: input.text("trouble", TEXT_BYTES_MAX)? },
             RELINQUISH => Self::Relinquish { tip: input.tip()? },
@@ -494,6 +516,11 @@ pub(crate) fn decode_forks(input: &mut Reader<'_>) -> Result<Vec<Fork>, CodecErr
         Ok(Fork { epoch: Epoch(input.u64()?), origin: input.site()?, at: input.position()? })
     };
     (0..count).map(|_| fork(input)).collect()
+}
+
+fn encode_stamp(out: &mut Writer, kind: u8, stamp: Monotonic) {
+    out.u8(kind);
+    out.u64(stamp.0);
 }
 
 fn encode_hello(out: &mut Writer, hello: &Hello) {
@@ -740,6 +767,9 @@ mod tests {
             Message::Relinquish { tip },
             Message::Grow { volume: VolumeIndex(1), size: ByteCount(1 << 21) },
             Message::Grown { volume: VolumeIndex(1), size: ByteCount(1 << 21), trouble: "full".into() },
+            Message::LeaseOffer,
+            Message::LeaseAsk { asked: Monotonic(77) },
+            Message::LeaseGrant { asked: Monotonic(77) },
         ]
     }
 

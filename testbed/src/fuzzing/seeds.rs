@@ -370,6 +370,7 @@ pub(super) fn messages() -> Vec<Vec<u8>> {
             volumes: vec![(VolumeId::from_bytes([1; 16]), vec![6; 248])],
         }),
         Message::Ping,
+        Message::LeaseAsk { asked: block::Monotonic(77) },
     ];
     messages.iter().map(|message| message.encode().to_vec()).collect()
 }

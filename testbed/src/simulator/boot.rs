@@ -54,6 +54,7 @@ impl World {
             spill_slowness: 1,
             acked_tip: None,
             lineage: None,
+            sent: None,
             policy: plan.policies[site],
             held_since: None,
             owed: Default::default(),

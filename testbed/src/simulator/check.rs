@@ -170,6 +170,9 @@ impl World {
             | Message::Created { .. }
             | Message::DeleteMirror { .. }
             | Message::Deleted
+            | Message::LeaseOffer
+            | Message::LeaseAsk { .. }
+            | Message::LeaseGrant { .. }
             | Message::SetAccess(_)
             | Message::AccessSet
             | Message::Grow { .. }
@@ -297,6 +300,8 @@ impl World {
         self.after(wait * MILLISECOND + jitter, Event::Check);
         for site in 0..2 {
             self.check_answers(site);
+            self.check_waits(site);
+            self.check_lease(site);
             self.check_rpo(site);
             if self.random.chance(60) {
                 self.check_window(site);
@@ -409,6 +414,7 @@ impl World {
             && theirs.synchronized
             && ours.backlog.0 == 0
             && ours.rpo == Some(Duration::ZERO)
+            && self.is_sync_back(primary)
             && !self.sites[secondary].state.diverged
             && !ours.growing
             && self.same_image(primary, secondary)

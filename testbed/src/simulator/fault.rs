@@ -238,6 +238,7 @@ impl World {
         self.tell(|| format!("an operator orders failover at site {site}: {done}, {report:?}"));
         if done {
             self.statistics.promotions += 1;
+            self.statistics.lossless += u64::from(report.zero);
             self.sites[site].forced_epoch = self.sites[site].state.epoch.0 + 1;
             self.sites[site].failover = Some((self.now, report.lost_at_most));
         }

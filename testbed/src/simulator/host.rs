@@ -83,9 +83,10 @@ impl World {
         let id = CommandId(self.commands);
         let volume = VolumeIndex(u16::try_from(volume).unwrap_or(0));
         self.note(id.0);
-        self.sites[site]
-            .commands
-            .insert((volume, id), Outstanding { command, submitted: self.now, writes: Vec::new() });
+        self.sites[site].commands.insert(
+            (volume, id),
+            Outstanding { command, submitted: self.now, writes: Vec::new(), home_ended: None },
+        );
         if let Some(group) = self.enter(site) {
             Group::submit(group, volume, id, command);
         }

@@ -25,6 +25,7 @@ mod fault;
 #[cfg(test)]
 mod growing;
 mod host;
+mod leases;
 mod network;
 mod oracle;
 mod orphans;
@@ -90,6 +91,10 @@ pub struct Statistics {
     pub spilled: u64,
     /// Starts that went on with a clean stop's journal.
     pub continued: u64,
+    /// Looks at a target whose lease was valid.
+    pub leased: u64,
+    /// Failovers that said they lose nothing.
+    pub lossless: u64,
 }
 
 impl Statistics {
@@ -110,6 +115,8 @@ impl Statistics {
         self.grown += other.grown;
         self.spilled += other.spilled;
         self.continued += other.continued;
+        self.leased += other.leased;
+        self.lossless += other.lossless;
     }
 }
 

@@ -117,12 +117,16 @@ impl Oracle {
         lost.map(|acked| acked.at).min()
     }
 
-    /// A write failed; the block's home content is `hash` now.
-    pub(super) fn failed(&mut self, lineage: LineageKey, sequence: u64, block: usize, hash: u64) {
+    /// A write failed; the block's home content is `hash` now. If it was sent, the target may have what was wanted.
+    pub(super) fn failed(&mut self, lineage: LineageKey, sequence: u64, block: usize, hash: u64, sent: bool) {
         let lineage = self.lineages.get_mut(&lineage);
-        let versions = lineage.and_then(|lineage| lineage.versions.get_mut(&block));
-        for version in versions.into_iter().flatten().filter(|version| version.sequence == sequence) {
-            *version = Version { sequence, hash, doubtful: true };
+        let Some(versions) = lineage.and_then(|lineage| lineage.versions.get_mut(&block)) else { return };
+        let Some(at) = versions.iter().position(|version| version.sequence == sequence) else { return };
+        if sent {
+            versions[at].doubtful = true;
+            versions.insert(at + 1, Version { sequence, hash, doubtful: true });
+        } else {
+            versions[at] = Version { sequence, hash, doubtful: true };
         }
     }
 

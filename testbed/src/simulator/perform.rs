@@ -39,7 +39,8 @@ impl World {
                 let content = data.map_or_else(|| Content::Zeros(size(device.length())), Content::Data);
                 self.host_write(site, volume, step, device, content, durable, false);
             }
-            Effect::ZeroRange { volume, step, device, .. } => {
+            Effect::ZeroRange { volume, step, command, device } => {
+                self.sites[site].prepared.insert((volume, step), command);
                 let content = Content::Zeros(size(device.length()));
                 self.host_write(site, volume, step, device, content, false, true);
             }
@@ -178,12 +179,12 @@ impl World {
         let prepared = site.prepared.remove(&(volume, step));
         let command = prepared.or_else(|| {
             let waits = site.commands.iter().find(|((of, _), known)| {
-                let zeroes =
-                    matches!(known.command, HostCommand::WriteZeroes { .. } | HostCommand::Trim { .. });
-                let inside = known.command.range().is_some_and(|range| range.unit_inward().contains(write.2));
+                let zeroes = matches!(known.command, HostCommand::WriteZeroes { .. });
+                // One that is short enough for written zeros writes all of its whole units at once.
+                let these = known.command.range().is_some_and(|range| range.unit_inward() == write.2);
                 *of == volume
                     && zeroes
-                    && inside
+                    && these
                     && !known.writes.iter().any(|(_, _, range)| *range == write.2)
             });
             waits.map(|((_, id), _)| *id)
@@ -424,11 +425,13 @@ impl World {
         let file = usize::from(volume.0);
         let first = self.first_block(file) + size(range.first_block().0);
         let now = self.sites[site].lineage;
+        let sent = self.sites[site].sent.is_some_and(|(of, last)| of == lineage && sequence <= last);
+        self.note_home_ended(site, lineage, sequence);
         for index in 0..size(range.block_count().0) {
             let offset = range.offset() + wide(index) * 4096;
             let hash = oracle::hash(&self.sites[site].files[file].read(offset, 4096));
             if failed {
-                self.oracle.failed(lineage, sequence, first + index, hash);
+                self.oracle.failed(lineage, sequence, first + index, hash, sent);
             }
             if let Some(now) = now.filter(|now| *now != lineage) {
                 self.oracle.late(now, first + index, hash);
@@ -452,6 +455,7 @@ impl World {
             self.oracle.acked[site].push_back(oracle::Acked { lineage, sequence, at });
             self.oracle.history[site].push(oracle::Acked { lineage, sequence, at });
         }
+        self.check_lease(1 - site);
     }
 
     // ---- network ----
@@ -481,6 +485,7 @@ impl World {
             Err(error) => return self.fail(format!("a cut that was sent does not decode: {error}")),
         };
         self.check_rate(site, false, wide(cut.len()));
+        self.sites[site].sent = Some((oracle::key(&decoded.tip.position), decoded.meta.last.0));
         self.statistics.cuts += 1;
         self.statistics.staged += u64::from(!decoded.meta.commit);
         for record in decoded.records.iter().filter(|record| record.kind == RecordKind::Bad) {

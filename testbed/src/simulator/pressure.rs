@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use block::{IopsLimit, VolumeIndex};
 
-use daemon::group::{LOWERED_MAX, MirrorPolicy, Overload, Writes};
+use daemon::group::{LOWERED_MAX, LinkFailure, MirrorMode, MirrorPolicy, Overload, Writes};
 use protocol::{MirrorState, Role};
 
 use super::plan::SECOND;
@@ -31,6 +31,8 @@ pub(super) fn draw(random: &mut Random) -> MirrorPolicy {
         hold_bytes: [4096, 1 << 20][random.index(2)],
         bandwidth: rate(random),
         resync_rate: rate(random),
+        mode: [MirrorMode::Async, MirrorMode::Sync][random.index(2)],
+        on_link_failure: [LinkFailure::Degrade, LinkFailure::Degrade, LinkFailure::Stop][random.index(3)],
     }
 }
 

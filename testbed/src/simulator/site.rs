@@ -78,6 +78,8 @@ pub(super) struct Outstanding {
     pub(super) command: HostCommand,
     pub(super) submitted: u64,
     pub(super) writes: Vec<(LineageKey, u64, ByteRange)>,
+    /// When its last home write ended.
+    pub(super) home_ended: Option<u64>,
 }
 
 /// A home write that has not ended.
@@ -127,6 +129,8 @@ pub(super) struct Site {
     /// As a target: the last position that it acknowledged as committed.
     pub(super) acked_tip: Option<Position>,
     pub(super) lineage: Option<LineageKey>,
+    /// As a primary: the lineage and the last sequence of the newest cut that it sent.
+    pub(super) sent: Option<(LineageKey, u64)>,
     /// What an operator wants of the mirror here.
     pub(super) policy: MirrorPolicy,
     /// Since when hosts' writes are held or refused.

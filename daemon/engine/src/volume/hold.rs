@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use block::{HostCommand, HostError, Monotonic};
 
-use super::Volume;
-use crate::CommandId;
+use super::{Stage, Volume};
+use crate::{CommandId, StepId};
 
 /// A hold in force.
 pub(super) struct Hold {
@@ -111,6 +111,16 @@ impl Volume {
     /// When writes that wait are refused.
     pub(super) fn hold_expires_at(&self) -> Option<Monotonic> {
         self.hold.as_ref().filter(|hold| !hold.waiting.is_empty()).map(|hold| hold.until)
+    }
+
+    /// A home write ended well, but its host must not be told so: it is told of `error`.
+    ///
+    /// # Panics
+    /// If the step is not on its way home.
+    pub fn refuse_written(&mut self, now: Monotonic, step: StepId, error: HostError) {
+        self.leave(step, Stage::Home);
+        self.finish(step, Err(error));
+        self.turn(now);
     }
 
     /// Commands that wait for writes to be released.

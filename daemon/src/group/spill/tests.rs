@@ -40,6 +40,8 @@ fn settings(spill_bytes: u64) -> MirrorSettings {
             hold_bytes: 0,
             bandwidth: None,
             resync_rate: None,
+            mode: crate::group::MirrorMode::Async,
+            on_link_failure: crate::group::LinkFailure::Degrade,
         },
     }
 }
