@@ -567,7 +567,7 @@ fn the_header_stands_as_documented() {
     // Creating, live, mirror not settled, mirror settled: four generations, so the newest is in slot 0.
     let slot = &bytes[..16_384];
     assert_eq!(&slot[..8], b"FARSHVOL");
-    assert_eq!(slot[8..12], [3, 0, 0, 0]);
+    assert_eq!(slot[8..12], [4, 0, 0, 0]);
     assert_eq!(slot[16..24], [4, 0, 0, 0, 0, 0, 0, 0]);
     assert_eq!(slot[40..56], volume("b", "slow").id.to_bytes());
     assert_eq!(slot[56..64], [0, 0, 16, 0, 0, 0, 0, 0]);
