@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use block::VolumeName;
 use control::{
-    AuditView, FailoverResult, HostAccess, HostWrites, MirrorMode, MirrorView, OrphansView, PartnerView, ProviderView, RotationView, StatusView, TenantView, VerifyView, VolumeAccess, VolumeView,
+    AuditView, FailoverResult, HostAccess, HostWrites, MirrorMode, MirrorView, OrphansView, PartnerView,
+    ProviderView, RotationView, StatusView, TenantView, VerifyView, VolumeAccess, VolumeView,
 };
 
 use crate::table::Table;

@@ -11,7 +11,8 @@ use bytes::Bytes;
 use engine::overlay::{CutNumber, Overlay};
 use journal::{Checkpoint, Cut, Placement, Record, RecordKind, RedoFull, RedoLog};
 use protocol::{
-    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, LeaseHolder, Message, ReceiverChain, Refusal, RefusalCode, Welcome,
+    Ack, Arrival, CompareRange, GroupState, HashReply, HashRequest, Hello, LeaseHolder, Message,
+    ReceiverChain, Refusal, RefusalCode, Welcome,
 };
 
 use super::MirrorSettings;

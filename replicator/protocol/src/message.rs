@@ -335,10 +335,7 @@ impl Message {
             Self::Welcome(welcome) => encode_welcome(&mut out, welcome),
             Self::Refuse(refuse) => encode_refuse(&mut out, refuse),
             Self::Ack(ack) => encode_ack(&mut out, ack),
-            Self::AbortPass { pass } => {
-                out.u8(ABORT_PASS);
-                out.u64(*pass);
-            }
+            Self::AbortPass { pass } => encode_number(&mut out, ABORT_PASS, *pass),
             Self::PassRefused { pass, missing } => {
                 out.u8(PASS_REFUSED);
                 out.u64(*pass);
@@ -362,10 +359,7 @@ impl Message {
             Self::OrphanRequest(request) => encode_request(&mut out, ORPHAN_REQUEST, request),
             Self::OrphanReply(reply) => encode_orphan_reply(&mut out, reply),
             Self::SwitchAsk => out.u8(SWITCH_ASK),
-            Self::SwitchReady { trouble } => {
-                out.u8(SWITCH_READY);
-                out.counted(cut_short(trouble).as_bytes());
-            }
+            Self::SwitchReady { trouble } => encode_text(&mut out, SWITCH_READY, cut_short(trouble)),
             Self::Relinquish { tip } => {
                 out.u8(RELINQUISH);
                 out.tip(tip);
@@ -516,6 +510,16 @@ pub(crate) fn decode_forks(input: &mut Reader<'_>) -> Result<Vec<Fork>, CodecErr
         Ok(Fork { epoch: Epoch(input.u64()?), origin: input.site()?, at: input.position()? })
     };
     (0..count).map(|_| fork(input)).collect()
+}
+
+fn encode_number(out: &mut Writer, kind: u8, number: u64) {
+    out.u8(kind);
+    out.u64(number);
+}
+
+fn encode_text(out: &mut Writer, kind: u8, text: &str) {
+    out.u8(kind);
+    out.counted(text.as_bytes());
 }
 
 fn encode_stamp(out: &mut Writer, kind: u8, stamp: Monotonic) {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use block::{BlockCount, VolumeIndex, WallTime};
-use daemon::group::{Group, Retention, RewindTo, VerifyProgress};
+use daemon::group::{Group, MirrorPolicy, Overload, Retention, RewindTo, VerifyProgress};
 use protocol::Role;
 
 use super::plan::{MILLISECOND, SECOND};
@@ -17,6 +17,13 @@ fn half_grown(seed: u64, window: Duration) -> World {
     world.plan.start_grace = Duration::from_secs(30);
     world.plan.load_end = u64::MAX;
     world.plan.retention = Retention { window, failover_within: Duration::from_secs(100) };
+    // A load that the window has room for, and nothing that holds copies or hosts back.
+    world.plan.host_interval = 5 * MILLISECOND;
+    world.plan.write_blocks_max = world.plan.write_blocks_max.min(4);
+    for site in &mut world.sites {
+        site.policy =
+            MirrorPolicy { overload: Overload::Bitmap, bandwidth: None, resync_rate: None, ..site.policy };
+    }
     let halves: Vec<u64> = world.plan.volume_blocks.iter().map(|blocks| blocks / 2).collect();
     for site in &mut world.sites {
         site.sizes.clone_from(&halves);
