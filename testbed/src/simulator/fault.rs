@@ -154,16 +154,18 @@ impl World {
                 self.cut_link(outage + boot_after);
                 self.after(outage, Event::StopPrimary);
             }
-            Fault::SlowSpill => {
-                let site = self.random.index(2);
-                self.sites[site].spill_slowness = [10, 1000][self.random.index(2)];
-                let lasts = self.random.below(3 * SECOND);
-                self.after(lasts, Event::SpillFast { site });
-            }
+            Fault::SlowSpill => self.slow_spill(),
             Fault::SetPolicy => self.order_policy(),
             Fault::Verify => self.order_verify(),
             Fault::Grow => self.order_growth(),
         }
+    }
+
+    fn slow_spill(&mut self) {
+        let site = self.random.index(2);
+        self.sites[site].spill_slowness = [10, 1000][self.random.index(2)];
+        let lasts = self.random.below(3 * SECOND);
+        self.after(lasts, Event::SpillFast { site });
     }
 
     fn cut_link(&mut self, lasts: u64) {

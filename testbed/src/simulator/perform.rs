@@ -242,12 +242,19 @@ impl World {
             | IoRequest::SpillSync
             | IoRequest::CheckpointWrite { .. } => {}
         }
+        if let Some(operation) = self.changing(site, request) {
+            self.start(site, operation, answer);
+        }
+    }
+
+    /// What a request does to the site's storage; `None` if it reads.
+    fn changing(&self, site: usize, request: IoRequest) -> Option<Operation> {
         let write = |file, offset, content, durable| Operation::Write { file, offset, content, durable };
-        let operation = match request {
+        Some(match request {
             IoRequest::HomeRead { .. }
             | IoRequest::RedoRead { .. }
             | IoRequest::ScratchRead { .. }
-            | IoRequest::SpillRead { .. } => return,
+            | IoRequest::SpillRead { .. } => return None,
             IoRequest::ScratchWrite { volume, offset, data } => {
                 write(self.scratch_file(usize::from(volume.0)), offset, Content::Data(data), false)
             }
@@ -275,8 +282,7 @@ impl World {
             IoRequest::Persist(state) => Operation::Persist(state),
             IoRequest::Grow { volume, size } => growth(volume, size, false),
             IoRequest::Resize { volume, size } => growth(volume, size, true),
-        };
-        self.start(site, operation, answer);
+        })
     }
 
     fn sync(&self, site: usize, file: usize) -> Operation {
