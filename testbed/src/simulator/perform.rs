@@ -217,20 +217,10 @@ impl World {
                 return self.read(site, self.spill_file(), range, answer);
             }
             IoRequest::SpillWrite { .. } => self.statistics.spilled += 1,
-            IoRequest::HomeWrite { volume, offset, ref data } => {
-                self.check_room(site, volume, offset + wide(data.len()));
-                self.check_target_write(site);
-            }
-            IoRequest::HomeZero { volume, range, .. } => {
-                self.check_room(site, volume, range.end());
-                self.check_target_write(site);
-            }
-            IoRequest::Persist(ref state) => {
-                if let Some(text) = self.persist_fault(site, state) {
-                    return self.fail(text);
-                }
-            }
-            IoRequest::Grow { .. }
+            IoRequest::HomeWrite { .. }
+            | IoRequest::HomeZero { .. }
+            | IoRequest::Persist(_)
+            | IoRequest::Grow { .. }
             | IoRequest::Resize { .. }
             | IoRequest::HomeFlush { .. }
             | IoRequest::IntentWrite { .. }
@@ -240,6 +230,30 @@ impl World {
             | IoRequest::SpillSync
             | IoRequest::CheckpointWrite { .. } => {}
         }
+        if let Some(text) = self.check_request(site, &request) {
+            return self.fail(text);
+        }
+        self.start_request(site, request, answer);
+    }
+
+    /// What is wrong with a request that changes something.
+    fn check_request(&mut self, site: usize, request: &IoRequest) -> Option<String> {
+        if let IoRequest::Persist(state) = request {
+            return self.persist_fault(site, state);
+        }
+        let (volume, end) = if let IoRequest::HomeWrite { volume, offset, data } = request {
+            (*volume, offset + wide(data.len()))
+        } else if let IoRequest::HomeZero { volume, range, .. } = request {
+            (*volume, range.end())
+        } else {
+            return None;
+        };
+        self.check_room(site, volume, end);
+        self.check_target_write(site);
+        None
+    }
+
+    fn start_request(&mut self, site: usize, request: IoRequest, answer: Answer) {
         let write = |file, offset, content, durable| Operation::Write { file, offset, content, durable };
         let operation = match request {
             IoRequest::HomeRead { .. }
