@@ -37,21 +37,6 @@ fn killing_an_unmirrored_daemon_loses_no_acknowledged_write() -> Result<()> {
     })
 }
 
-/// Besides the writers that remember, fio writes and verifies the volume's upper half; it dies with the daemon.
-fn verifying_fio(site: &Site) -> Fio {
-    Fio::new(&site.export("data"))
-        .option("rw", "randwrite")
-        .option("bsrange", "512-64k")
-        .option("offset", "32M")
-        .option("size", "32M")
-        .option("iodepth", 8)
-        .option("verify", "crc32c")
-        .option("verify_backlog", 64)
-        .option("verify_fatal", 1)
-        .option("serialize_overlap", 1)
-        .time_based(0, 60)
-}
-
 #[test]
 fn killing_the_primary_loses_no_acknowledged_write_and_both_sites_become_equal() -> Result<()> {
     World::run(|world| {
@@ -59,7 +44,7 @@ fn killing_the_primary_loses_no_acknowledged_write_and_both_sites_become_equal()
         let mut load = Load::new(4, REGION_BYTES, 2);
         for round in 0..kills() {
             let export = pair.west.export("data");
-            let mut fio = verifying_fio(&pair.west).start()?;
+            let mut fio = Fio::verifying(&pair.west.export("data"), "32M").start()?;
             load.run_while(&export, || {
                 thread::sleep(Duration::from_millis(500 + 300 * u64::from(round % 4)));
                 ensure!(fio.is_running()?, "fio ended before the kill");

@@ -1,9 +1,11 @@
 //! A volume's IOPS limit is kept: neither exceeded nor undershot.
 
+use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
-use testbed::harness::{Fio, FioReport, Site, SiteOptions, World};
+use testbed::harness::{Fio, FioReport, NbdClient, Site, SiteOptions, World};
 
 const LIMITS: [u32; 3] = [750, 2_000, 10_000];
 const TOLERANCE: f64 = 0.02;
@@ -90,5 +92,43 @@ fn large_commands_cost_a_token_for_each_256_kib() -> Result<()> {
             Ok(fio.option("size", "32M").option("iodepth", 16).time_based(2, 6).run()?.iops("read"))
         })?;
         site.terminate()
+    })
+}
+
+#[test]
+fn long_writes_that_wait_for_their_limit_hold_no_memory_of_others() -> Result<()> {
+    const LENGTH: u32 = 64 << 20;
+    World::run(|world| {
+        let settings = vec![("shards".to_owned(), "1".to_owned())];
+        let mut site = world.site("west", SiteOptions { settings, ..SiteOptions::default() })?;
+        site.run("volume create other --size 128MiB --iops unlimited")?;
+        let payload: Arc<[u8]> = vec![7; usize::try_from(LENGTH)?].into();
+        let mut senders = Vec::new();
+        for name in ["slow", "slower"] {
+            // A write of 64 MiB costs 256 tokens, so after the first of them the next waits for four minutes.
+            site.run(&format!("volume create {name} --size 128MiB --iops 1"))?;
+            NbdClient::connect(&site.export(name))?.write(0, &payload)?;
+            for _ in 0..4 {
+                let mut client = NbdClient::connect(&site.export(name))?;
+                let payload = Arc::clone(&payload);
+                // It ends when the site does, at the latest.
+                senders.push(thread::spawn(move || client.begin_write(0, LENGTH, &payload)));
+            }
+        }
+        let mut client = NbdClient::connect(&site.export("other"))?;
+        for _ in 0..4 {
+            client.write(0, &payload)?;
+            let mut found = vec![0; payload.len()];
+            client.read(0, &mut found)?;
+            ensure!(found == *payload, "another volume's content");
+        }
+        client.disconnect()?;
+        let written = site.metrics()?.value("farshore_volume_writes_total", "volume=\"slow\"");
+        ensure!(written == Some(1.0), "writes of the slow volume: {written:?}");
+        site.kill9()?;
+        for sender in senders {
+            let _ = sender.join();
+        }
+        Ok(())
     })
 }

@@ -22,21 +22,6 @@ fn from_and_to(pair: &Pair, west_is_primary: bool) -> (&Site, &Site) {
     if west_is_primary { (&pair.west, &pair.east) } else { (&pair.east, &pair.west) }
 }
 
-/// Besides the writers that remember, fio writes and verifies the upper half, until its connection is taken away.
-fn verifying_fio(site: &Site) -> Fio {
-    Fio::new(&site.export("data"))
-        .option("rw", "randwrite")
-        .option("bsrange", "512-64k")
-        .option("offset", "32M")
-        .option("size", "32M")
-        .option("iodepth", 8)
-        .option("verify", "crc32c")
-        .option("verify_backlog", 64)
-        .option("verify_fatal", 1)
-        .option("serialize_overlap", 1)
-        .time_based(0, 60)
-}
-
 fn check_fio(ended: &Finished) -> Result<()> {
     let printed = format!("{}{}", ended.stdout, ended.stderr);
     let bad_data = ["verify: bad", "verify failed", "crc32c: verify"];
@@ -54,7 +39,7 @@ fn the_role_moves_back_and_forth_under_load_without_a_loss() -> Result<()> {
         let mut load = Load::new(4, REGION_BYTES, 31);
         for round in 0..5 {
             let (from, to) = from_and_to(&pair, round % 2 == 0);
-            let fio = verifying_fio(from).start()?;
+            let fio = Fio::verifying(&from.export("data"), "32M").start()?;
             let (took, _) = load.run_while(&from.export("data"), || {
                 thread::sleep(Duration::from_millis(700));
                 let begin = Instant::now();

@@ -4,7 +4,8 @@
 //! at most [`STEP_BYTES_MAX`], of which at most [`STEPS_IN_FLIGHT_MAX`] exist at once; write steps that share a
 //! data unit run one after the other, each from before its `Prepare` until its home write ended, so that home
 //! order is the order of `Admit`; a command gets exactly one reply, after its last step, with the first error.
-//! A flush is not queued: it covers what was answered before.
+//! A flush is not queued: it covers what was answered before. A command of many tokens can be reserved before its
+//! memory is taken.
 //!
 //! A failed flush or failed durable write *poisons* the volume: what reached stable media is unknown, so writes
 //! and flushes are refused from then on, and reads served. Nothing heals it but a restart.
@@ -19,11 +20,12 @@
 
 mod effect;
 mod hold;
+mod reserve;
 mod split;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use block::{
     ByteCount, ByteRange, DATA_UNIT_BYTES, HostCommand, HostError, HostResult, IopsLimit, Monotonic,
@@ -72,6 +74,8 @@ pub struct Volume {
     ready_at: Option<Monotonic>,
     /// Commands that wait for tokens.
     queue: VecDeque<(CommandId, HostCommand)>,
+    /// Commands, of the queue or granted, that are not submitted yet.
+    reserved: BTreeSet<CommandId>,
     commands: BTreeMap<CommandId, Running>,
     steps: Arena<Step>,
     /// Steps of copies among them.
@@ -141,6 +145,7 @@ impl Volume {
             hold: None,
             ready_at: None,
             queue: VecDeque::new(),
+            reserved: BTreeSet::new(),
             commands: BTreeMap::new(),
             steps: Arena::default(),
             copies: 0,
@@ -294,6 +299,7 @@ impl Volume {
     /// Returns true if it has started and goes on; [`Self::is_running`] tells when it ended.
     pub fn forget(&mut self, now: Monotonic, id: CommandId) -> bool {
         self.queue.retain(|(queued, _)| *queued != id);
+        self.reserved.remove(&id);
         self.forget_held(id);
         if let Some(running) = self.commands.get_mut(&id) {
             running.forgotten = true;
@@ -415,7 +421,11 @@ impl Volume {
             }
             self.tokens += u64::from(cost);
             self.queue.pop_front();
-            self.launch(id, command);
+            if self.reserved.contains(&id) {
+                self.effects.push_back(Effect::Granted { command: id });
+            } else {
+                self.launch(id, command);
+            }
         }
         while let Some(step) = self.granted.pop_front() {
             self.start(step);
@@ -606,7 +616,7 @@ impl Volume {
         self.queue = stay;
         let out: VecDeque<(CommandId, HostCommand)> = out;
         for (id, _) in out {
-            self.reply(id, Err(error));
+            self.refuse(id, error);
         }
     }
 

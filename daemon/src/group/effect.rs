@@ -235,6 +235,11 @@ pub enum Effect {
         /// The host's command.
         command: CommandId,
     },
+    /// A reserved command's turn has come: take its memory and receive its payload; then `submit_granted`.
+    Granted {
+        /// The host's command.
+        command: CommandId,
+    },
     /// Answer the host.
     Reply {
         /// Which volume.

@@ -414,6 +414,31 @@ impl Group {
         }
     }
 
+    /// True if a host's command is to be reserved: it waits for its tokens before its memory is taken.
+    pub fn wants_reservation(&self, volume: VolumeIndex, command: &HostCommand) -> bool {
+        let slot = self.volumes.get(usize::from(volume.0)).filter(|_| self.presented);
+        slot.is_some_and(|slot| slot.volume.wants_reservation(command))
+    }
+
+    /// Queues a host's command for its tokens: `Granted` says when its turn has come.
+    pub fn reserve(&mut self, volume: VolumeIndex, id: CommandId, command: HostCommand) {
+        let now = self.now;
+        if let Some(slot) = self.slot(volume) {
+            slot.volume.reserve(now, id, command);
+        }
+    }
+
+    /// A host's command whose turn has come, with its payload.
+    pub fn submit_granted(&mut self, volume: VolumeIndex, id: CommandId, command: HostCommand) {
+        let (now, presented) = (self.now, self.presented);
+        match self.slot(volume) {
+            Some(slot) if presented => slot.volume.submit_granted(now, id, command),
+            Some(_) | None => {
+                self.out.push(Effect::Reply { volume, command: id, result: Err(HostError::Shutdown) })
+            }
+        }
+    }
+
     /// The connection of a command is gone. Returns true if the command goes on without a reply.
     pub fn forget(&mut self, volume: VolumeIndex, id: CommandId) -> bool {
         let now = self.now;
@@ -567,6 +592,7 @@ impl Group {
             engine::volume::Effect::CopyReady { device, step } => {
                 return self.copy_ready(volume, step, device);
             }
+            engine::volume::Effect::Granted { command } => Effect::Granted { command },
             engine::volume::Effect::Reply { command, result } => Effect::Reply { volume, command, result },
         };
         self.out.push(effect);

@@ -3,7 +3,8 @@
 use block::VolumeId;
 use control::VolumeAccess;
 
-use super::connection::{ConnectionId, Intake, charge};
+use super::connection::{ConnectionId, Intake};
+use super::memory::charge;
 use super::{GroupKey, Shard};
 
 impl Shard {
@@ -21,8 +22,9 @@ impl Shard {
             // What the kernel has comes back first.
             let arriving = connection.arriving.take_if(|arriving| arriving.buffer.is_some());
             let arriving = arriving.map_or(0, |arriving| charge(&arriving.command));
-            self.release_memory(Some(id), unsent + arriving);
-            self.starved.retain(|starved| *starved != id);
+            let owner = connection.owner;
+            self.release_memory(owner, Some(id), unsent + arriving);
+            self.memory.give_up(owner, id);
             self.forget_requests(id);
             if let Some(served) = self.groups.get_mut(&key) {
                 served.connections.remove(&id);
@@ -33,7 +35,9 @@ impl Shard {
             return;
         };
         if !connection.output.is_sending() && !matches!(connection.intake, Intake::Receiving) {
+            let owner = connection.owner;
             self.connections.remove(id.0);
+            self.memory.leave(owner);
             self.flushing.remove(&id);
         }
     }

@@ -8,14 +8,14 @@ use std::ops::Bound;
 use block::{ByteRange, Extent, HostCommand, Monotonic, VolumeId, VolumeIndex};
 use bytes::{Bytes, BytesMut};
 use control::Peer;
-use engine::STEP_BYTES_MAX;
-use engine::volume::STEPS_IN_FLIGHT_MAX;
+use engine::{CommandId, qos};
 use frontend::nbd::{Cookie, Event, ReplyStyle, Transmission};
 use store::{Buffer, Operation, Payload, Socket};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::command::HostConnection;
-use super::datapath::{EXTENTS_MAX, Pending};
+use super::datapath::Pending;
+use super::memory::{Owner, charge};
 use super::output::Output;
 use super::requests::{HostPayload, Parts, Request};
 use super::stalled::PROGRESS_BYTES;
@@ -31,12 +31,6 @@ const RECEIVE_BYTES_BULKY: usize = 512;
 const BULKY_BYTES: usize = 16 << 10;
 /// Commands of one connection on their way; clients keep far fewer.
 const COMMANDS_MAX: usize = 512;
-/// What a command without payload is charged: it bounds how many there are.
-const COMMAND_BYTES: u64 = 512;
-/// The longest answer to a status command: 16 bytes for each extent, and its head.
-const STATUS_BYTES_MAX: u64 = 16 * (EXTENTS_MAX as u64) + 512;
-/// A connection's share of the memory for requests on their way; the rest is for others.
-const SHARE: usize = 4;
 
 /// A connection on this shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -46,6 +40,8 @@ pub(super) struct ConnectionId(pub(super) usize);
 pub(super) struct Arriving {
     pub(super) cookie: Cookie,
     pub(super) command: HostCommand,
+    /// It is in its volume's books already.
+    pub(super) reserved: Option<CommandId>,
     /// `None` while the kernel has it.
     pub(super) buffer: Option<Buffer>,
     pub(super) length: usize,
@@ -54,21 +50,14 @@ pub(super) struct Arriving {
     pub(super) since: Monotonic,
 }
 
-/// A read or write that waits for memory.
+/// A command that waits for its memory.
 #[derive(Clone, Copy)]
 pub(super) struct Waiting {
     cookie: Cookie,
     command: HostCommand,
-}
-
-/// What came of asking for a waiting command's memory.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Taken {
-    Yes,
-    /// Its connection has its share.
-    OwnFull,
-    /// All of it is taken.
-    AllFull,
+    /// It has to have its tokens first.
+    reserved: Option<CommandId>,
+    granted: bool,
 }
 
 pub(super) enum Intake {
@@ -99,8 +88,10 @@ pub(super) struct Connection {
     quiet: bool,
     pub(super) waiting: Option<Waiting>,
     commands: usize,
+    /// Whose memory its commands take.
+    pub(super) owner: Owner,
     /// Bytes of its commands on their way, with those of replies that are not sent.
-    bytes: usize,
+    pub(super) bytes: usize,
     pub(super) output: Output,
     /// When the send on its way began.
     pub(super) sending_since: Monotonic,
@@ -128,6 +119,12 @@ impl Connection {
     /// Memory of requests that it holds.
     pub(super) const fn held_bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// The command that waits for nothing but memory.
+    pub(super) fn wants_memory(&self) -> Option<HostCommand> {
+        let waiting = self.waiting.as_ref()?;
+        (waiting.granted || waiting.reserved.is_none()).then_some(waiting.command)
     }
 
     /// Its host, if that is known.
@@ -165,6 +162,7 @@ impl Shard {
             quiet: true,
             waiting: None,
             commands: 0,
+            owner: self.memory.join((key, index)),
             bytes: 0,
             output: Output::default(),
             sending_since: self.now,
@@ -179,7 +177,7 @@ impl Shard {
     }
 
     /// Uses what was received, then asks for more.
-    fn parse(&mut self, id: ConnectionId) {
+    pub(super) fn parse(&mut self, id: ConnectionId) {
         loop {
             let Some(connection) = self.connections.get_mut(id.0) else {
                 return;
@@ -209,14 +207,12 @@ impl Shard {
                 Event::NeedMore => break,
                 Event::Request { cookie, command } => {
                     connection.bulky = false;
-                    connection.waiting = Some(Waiting { cookie, command });
-                    self.take_memory(id);
+                    self.begin_command(id, cookie, command);
                 }
                 Event::WritePayload { cookie, command, length } => {
                     let length = usize::try_from(length).unwrap_or(usize::MAX);
                     connection.bulky = length >= BULKY_BYTES;
-                    connection.waiting = Some(Waiting { cookie, command });
-                    self.take_memory(id);
+                    self.begin_command(id, cookie, command);
                 }
                 Event::Served { cookie } => {
                     let style = connection.transmission.reply_style();
@@ -243,44 +239,51 @@ impl Shard {
         self.receive_more(id);
     }
 
-    /// Charges a waiting command's bytes to the budget of requests on their way and goes on with it: a write gets its
-    /// buffer and what was received of its payload already. Without room it waits its turn.
-    ///
-    /// The ring of a mirror has a budget of its own, so a partner that does not take what is sent starves no host.
-    fn take_memory(&mut self, id: ConnectionId) {
-        if self.starved.is_empty() {
-            if self.try_take_memory(id) == Taken::AllFull {
-                self.starved.push_back(id);
-            }
-        } else if !self.starved.contains(&id) {
-            self.starved.push_back(id);
-        }
+    /// Goes on with a parsed command: it waits for its tokens, if it is a long one of a limited volume, and its memory.
+    fn begin_command(&mut self, id: ConnectionId, cookie: Cookie, command: HostCommand) {
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
+        };
+        let (key, volume) = (connection.key, connection.volume);
+        connection.waiting = Some(Waiting { cookie, command, reserved: None, granted: false });
+        let served = self.groups.get_mut(&key).filter(|_| qos::cost(&command) > 1);
+        let Some(served) = served.filter(|served| served.group.wants_reservation(volume, &command)) else {
+            return self.take_memory(id);
+        };
+        connection.commands += 1;
+        let number = self.requests.insert(Request::new(id, connection, cookie, command, self.now));
+        connection.waiting = Some(Waiting { cookie, command, reserved: Some(number), granted: false });
+        served.group.set_clocks(self.now, self.wall);
+        served.group.reserve(volume, number, command);
+        self.touched.insert(key);
     }
 
-    fn try_take_memory(&mut self, id: ConnectionId) -> Taken {
+    /// A reserved command has its tokens.
+    pub(super) fn granted(&mut self, number: CommandId) {
+        let id = self.requests.find(number).and_then(|request| request.connection);
+        let Some((id, connection)) = id.and_then(|id| Some((id, self.connections.get_mut(id.0)?))) else {
+            return;
+        };
+        let Some(waiting) = connection.waiting.as_mut().filter(|waiting| waiting.reserved == Some(number))
+        else {
+            return;
+        };
+        waiting.granted = true;
+        self.take_memory(id);
+        self.parse(id);
+    }
+
+    /// A waiting command has its memory: a write gets its buffer and what was received of its payload already.
+    pub(super) fn has_memory(&mut self, id: ConnectionId) {
         let since = self.now;
-        let Some(connection) = self.connections.get_mut(id.0).filter(|connection| !connection.closed) else {
-            return Taken::Yes;
+        let Some(connection) = self.connections.get_mut(id.0) else {
+            return;
         };
-        let Some(Waiting { cookie, command }) = connection.waiting else {
-            return Taken::Yes;
+        let Some(Waiting { cookie, command, reserved, .. }) = connection.waiting.take() else {
+            return;
         };
-        let charged = charge(&command);
-        let own_full = connection.bytes > 0 && connection.bytes + charged > self.limits.receive_bytes / SHARE;
-        let all_full = self.request_bytes > 0 && self.request_bytes + charged > self.limits.receive_bytes;
-        if own_full {
-            // It goes on when one of its own replies is sent, and holds up nobody else meanwhile.
-            return Taken::OwnFull;
-        }
-        if all_full {
-            return Taken::AllFull;
-        }
-        connection.bytes += charged;
-        self.request_bytes += charged;
-        connection.waiting = None;
         let HostCommand::Write { range, .. } = command else {
-            self.submit_command(id, cookie, command, HostPayload::Nothing);
-            return Taken::Yes;
+            return self.submit_command(id, cookie, command, HostPayload::Nothing, reserved);
         };
         let length = usize::try_from(range.length()).unwrap_or(usize::MAX);
         let mut buffer = self.pool.take_over(length);
@@ -292,31 +295,11 @@ impl Shard {
         }
         connection.unparsed.start += available;
         if available == length {
-            self.submit_command(id, cookie, command, HostPayload::Whole(buffer));
+            self.submit_command(id, cookie, command, HostPayload::Whole(buffer), reserved);
         } else {
             let buffer = Some(buffer);
             connection.arriving =
-                Some(Arriving { cookie, command, buffer, length, filled: available, since });
-        }
-        Taken::Yes
-    }
-
-    /// What the first of those who wait for memory lacks.
-    pub(super) fn missing_bytes(&self) -> usize {
-        let first = self.starved.front().and_then(|id| self.connections.get(id.0)?.waiting);
-        let wanted = first.map_or(0, |waiting| charge(&waiting.command));
-        (self.request_bytes + wanted).saturating_sub(self.limits.receive_bytes)
-    }
-
-    /// Connections that waited for memory try again, in their order: a large command that waits is not overtaken.
-    pub(super) fn feed_starved(&mut self) {
-        self.memory_freed = false;
-        while let Some(id) = self.starved.pop_front() {
-            match self.try_take_memory(id) {
-                Taken::Yes => self.parse(id),
-                Taken::OwnFull => {}
-                Taken::AllFull => return self.starved.push_front(id),
-            }
+                Some(Arriving { cookie, command, reserved, buffer, length, filled: available, since });
         }
     }
 
@@ -380,10 +363,13 @@ impl Shard {
             arriving.buffer = Some(buffer);
         }
         let ended = |arriving: &mut Arriving| length.is_none() || arriving.filled == arriving.length;
-        if let Some(Arriving { cookie, command, buffer, .. }) = connection.arriving.take_if(ended) {
+        if let Some(Arriving { cookie, command, reserved, buffer, .. }) = connection.arriving.take_if(ended) {
+            let owner = connection.owner;
             match buffer.filter(|_| length.is_some()) {
-                Some(payload) => self.submit_command(id, cookie, command, HostPayload::Whole(payload)),
-                None => self.release_memory(Some(id), charge(&command)),
+                Some(payload) => {
+                    self.submit_command(id, cookie, command, HostPayload::Whole(payload), reserved);
+                }
+                None => self.release_memory(owner, Some(id), charge(&command)),
             }
         }
         self.received_some(id, length.is_some());
@@ -403,44 +389,33 @@ impl Shard {
         self.parse(id);
     }
 
-    /// Bytes of a connection's commands are no longer on their way.
-    pub(super) fn release_memory(&mut self, id: Option<ConnectionId>, bytes: usize) {
-        assert!(bytes <= self.request_bytes, "a command's bytes are charged once");
-        self.request_bytes -= bytes;
-        self.memory_freed |= bytes > 0;
-        if let Some(connection) = id.and_then(|id| self.connections.get_mut(id.0)) {
-            assert!(bytes <= connection.bytes, "a command's bytes are charged to its connection");
-            connection.bytes -= bytes;
-        }
-    }
-
+    /// Hands a command to its group, which knows a reserved one already.
     pub(super) fn submit_command(
         &mut self,
         id: ConnectionId,
         cookie: Cookie,
         command: HostCommand,
         payload: HostPayload,
+        reserved: Option<CommandId>,
     ) {
         let Some(connection) = self.connections.get_mut(id.0) else {
             return;
         };
-        connection.commands += 1;
         let (key, volume) = (connection.key, connection.volume);
-        let started = self.now;
-        let request = self.requests.insert(Request {
-            connection: Some(id),
-            key,
-            volume,
-            cookie,
-            command,
-            payload,
-            parts: Parts::default(),
-            extents: Vec::new(),
-            started,
+        let number = reserved.unwrap_or_else(|| {
+            connection.commands += 1;
+            self.requests.insert(Request::new(id, connection, cookie, command, self.now))
         });
+        if let Some(request) = self.requests.find_mut(number) {
+            request.payload = payload;
+            request.charged = charge(&command);
+        }
         if let Some(served) = self.groups.get_mut(&key) {
-            served.group.set_clocks(started, self.wall);
-            served.group.submit(volume, request, command);
+            served.group.set_clocks(self.now, self.wall);
+            match reserved {
+                Some(_) => served.group.submit_granted(volume, number, command),
+                None => served.group.submit(volume, number, command),
+            }
             self.touched.insert(key);
         }
     }
@@ -453,7 +428,7 @@ impl Shard {
         let connection = request.connection.and_then(|id| self.connections.get(id.0));
         let open = connection.is_some_and(|connection| !connection.closed);
         if !keeps || !open {
-            self.release_memory(request.connection, charge(&request.command));
+            self.release_memory(request.owner, request.connection, request.charged);
         }
         let Some(id) = request.connection.filter(|_| open) else {
             return;
@@ -468,16 +443,16 @@ impl Shard {
             (Err(error), _) => style.put_error(output.heads(), request.cookie, error, &error.to_string()),
             (Ok(()), HostCommand::Read { range }) => {
                 let hidden = put_read(output, style, request.cookie, range, parts);
-                self.release_memory(Some(id), hidden);
+                self.release_memory(request.owner, Some(id), hidden);
             }
             (Ok(()), HostCommand::Status { range, .. }) => {
                 let unknown = [Extent { length: range.length(), zero: false }];
                 let known = if request.extents.is_empty() { &unknown[..] } else { &request.extents[..] };
                 let mut told = BytesMut::new();
                 style.put_status(&mut told, request.cookie, known);
-                let unused = charge(&request.command).saturating_sub(told.len());
+                let unused = request.charged.saturating_sub(told.len());
                 output.push_data(told.freeze());
-                self.release_memory(Some(id), unused);
+                self.release_memory(request.owner, Some(id), unused);
             }
             (
                 Ok(()),
@@ -549,7 +524,8 @@ impl Shard {
         };
         let sent = connection.output.end_send(pieces);
         let over = !ok || connection.closed;
-        self.release_memory(Some(id), sent);
+        let owner = connection.owner;
+        self.release_memory(owner, Some(id), sent);
         if over {
             return self.close(id);
         }
@@ -576,24 +552,4 @@ fn put_read(output: &mut Output, style: ReplyStyle, cookie: Cookie, range: ByteR
         }
     }
     hidden
-}
-
-/// Bytes that a command holds while it is on its way. A write that is cut into steps, or that does not cover whole data
-/// units, holds them twice: in its own buffer and in the steps'.
-pub(super) fn charge(command: &HostCommand) -> usize {
-    const STEPS_BYTES_MAX: u64 = STEP_BYTES_MAX * (STEPS_IN_FLIGHT_MAX as u64);
-    let length = match command {
-        HostCommand::Write { range, .. } if range.length() > STEP_BYTES_MAX || !range.is_unit_aligned() => {
-            range.length() + range.unit_outward().length().min(STEPS_BYTES_MAX)
-        }
-        HostCommand::Read { range } | HostCommand::Write { range, .. } => range.length(),
-        // The extents found, and the reply made of them.
-        HostCommand::Status { one: false, .. } => STATUS_BYTES_MAX,
-        HostCommand::Flush
-        | HostCommand::Trim { .. }
-        | HostCommand::WriteZeroes { .. }
-        | HostCommand::Cache { .. }
-        | HostCommand::Status { one: true, .. } => COMMAND_BYTES,
-    };
-    usize::try_from(length).unwrap_or(usize::MAX)
 }

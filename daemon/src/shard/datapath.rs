@@ -5,7 +5,7 @@ use bytes::Bytes;
 use engine::{CommandId, StepId};
 use store::{Buffer, Completion, File, Operation, Payload, Returned};
 
-use super::connection::{ConnectionId, charge};
+use super::connection::ConnectionId;
 use super::mirror_io::IoTarget;
 use super::requests::HostPayload;
 use super::sealing::{Job, Then};
@@ -136,6 +136,7 @@ impl Shard {
                 self.flush_home(key, volume, Pending::Flush { key, volume, step });
             }
             Effect::Inquire { volume, step, command } => self.inquire(key, volume, step, command),
+            Effect::Granted { command } => self.granted(command),
             Effect::Reply { command, result, .. } => self.answer(command, result),
             Effect::Io { io, request } => self.perform_io(key, io, request),
             Effect::Dial => self.tell(ShardNews::Dial(key)),
@@ -457,7 +458,7 @@ impl Shard {
             if runs {
                 self.forgotten.push(number);
             } else if let Some(request) = self.requests.remove(number) {
-                self.release_memory(Some(id), charge(&request.command));
+                self.release_memory(request.owner, Some(id), request.charged);
             }
         }
     }
@@ -477,7 +478,7 @@ impl Shard {
         });
         for number in ended {
             if let Some(request) = self.requests.remove(number) {
-                self.release_memory(None, charge(&request.command));
+                self.release_memory(request.owner, None, request.charged);
             }
         }
     }

@@ -10,6 +10,7 @@ mod connection;
 mod datapath;
 mod drill;
 mod holes;
+mod memory;
 mod meters;
 mod mirror_io;
 mod output;
@@ -47,6 +48,7 @@ pub use tls::{Progress, TlsError, TlsSession};
 use connection::{Connection, ConnectionId};
 use datapath::{Ended, Pending};
 use drill::DrillBuffers;
+use memory::RequestMemory;
 use meters::VolumeMeters;
 use mirror_io::Link;
 use requests::Requests;
@@ -136,8 +138,7 @@ struct Shard {
     groups: BTreeMap<GroupKey, Served>,
     connections: Slab<Connection>,
     requests: Requests,
-    /// Payload bytes of requests on their way.
-    request_bytes: usize,
+    memory: RequestMemory,
     limits: HostLimits,
     /// Requests whose connection is gone.
     forgotten: Vec<CommandId>,
@@ -146,11 +147,7 @@ struct Shard {
     timers: BTreeSet<(Monotonic, GroupKey)>,
     /// Connections with replies to send.
     flushing: BTreeSet<ConnectionId>,
-    /// Connections that wait for memory, first come, first served.
-    starved: VecDeque<ConnectionId>,
-    /// Memory of requests was released since the starved ones tried last.
-    memory_freed: bool,
-    /// When those whom they wait for are looked at next.
+    /// When those whose memory others wait for are looked at next.
     stall_check_at: Option<Monotonic>,
     /// What connections through TLS received, and that is not opened yet, with its length.
     opening: VecDeque<(ConnectionId, Buffer, usize)>,
@@ -221,14 +218,12 @@ impl Shard {
             groups: BTreeMap::new(),
             connections: Slab::new(),
             requests: Requests::default(),
-            request_bytes: 0,
+            memory: RequestMemory::new(limits.receive_bytes),
             limits,
             forgotten: Vec::new(),
             touched: BTreeSet::new(),
             timers: BTreeSet::new(),
             flushing: BTreeSet::new(),
-            starved: VecDeque::new(),
-            memory_freed: false,
             stall_check_at: None,
             opening: VecDeque::new(),
             sealed_last: ConnectionId(0),
@@ -302,7 +297,7 @@ impl Shard {
     }
 
     fn timeout(&self) -> Duration {
-        let fed = self.starved.is_empty() || !self.memory_freed;
+        let fed = !self.memory.has_news();
         let idle = self.sealing.is_empty() && self.opening.is_empty() && fed;
         if !idle || !self.touched.is_empty() || !self.flushing.is_empty() {
             return Duration::ZERO;

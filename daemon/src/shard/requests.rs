@@ -7,7 +7,8 @@ use frontend::nbd::Cookie;
 use store::Buffer;
 
 use super::GroupKey;
-use super::connection::ConnectionId;
+use super::connection::{Connection, ConnectionId};
+use super::memory::Owner;
 
 /// A write command's bytes.
 pub(super) enum HostPayload {
@@ -20,6 +21,9 @@ pub(super) enum HostPayload {
 /// A host's command on its way.
 pub(super) struct Request {
     pub(super) connection: Option<ConnectionId>,
+    /// Whose memory it takes, and how much.
+    pub(super) owner: Owner,
+    pub(super) charged: usize,
     pub(super) key: GroupKey,
     pub(super) volume: VolumeIndex,
     pub(super) cookie: Cookie,
@@ -30,6 +34,31 @@ pub(super) struct Request {
     /// The answer to a status command.
     pub(super) extents: Vec<Extent>,
     pub(super) started: Monotonic,
+}
+
+impl Request {
+    /// A command that has neither memory nor payload yet.
+    pub(super) fn new(
+        id: ConnectionId,
+        connection: &Connection,
+        cookie: Cookie,
+        command: HostCommand,
+        started: Monotonic,
+    ) -> Self {
+        Self {
+            connection: Some(id),
+            owner: connection.owner,
+            charged: 0,
+            key: connection.key,
+            volume: connection.volume,
+            cookie,
+            command,
+            payload: HostPayload::Nothing,
+            parts: Parts::default(),
+            extents: Vec::new(),
+            started,
+        }
+    }
 }
 
 /// Pieces of a read, each with its offset. Most reads have one, which needs no allocation.
@@ -96,12 +125,15 @@ impl Requests {
 mod tests {
     use block::ByteRange;
 
+    use super::super::memory::RequestMemory;
     use super::*;
 
     fn request(offset: u64) -> Request {
         let range = ByteRange::new(offset, 1).unwrap();
         Request {
             connection: None,
+            owner: RequestMemory::new(0).join((GroupKey(0), VolumeIndex(0))),
+            charged: 0,
             key: GroupKey(0),
             volume: VolumeIndex(0),
             cookie: Cookie::default(),

@@ -86,8 +86,8 @@ impl Shard {
         }
         let whole = connection.arriving.take_if(|arriving| arriving.filled == arriving.length);
         match whole {
-            Some(Arriving { cookie, command, buffer: Some(payload), .. }) => {
-                self.submit_command(id, cookie, command, HostPayload::Whole(payload));
+            Some(Arriving { cookie, command, reserved, buffer: Some(payload), .. }) => {
+                self.submit_command(id, cookie, command, HostPayload::Whole(payload), reserved);
                 true
             }
             Some(Arriving { buffer: None, .. }) | None => false,
@@ -124,7 +124,8 @@ impl Shard {
             tracing::debug!(%error, "a host's connection is dropped");
             if connection.output.is_sending() {
                 let charged = connection.output.end_send(Vec::new());
-                self.release_memory(Some(id), charged);
+                let owner = connection.owner;
+                self.release_memory(owner, Some(id), charged);
             }
             return self.close(id);
         }

@@ -3,7 +3,7 @@
 //! A payload that arrives, and replies that are not read, hold memory as long as their host pleases. That is nobody's
 //! business until memory runs out. From then on a host has to move [`PROGRESS_BYTES`], or what is left of its payload or
 //! its replies, within the stall time; otherwise its connection is closed, the longest stalled first, no more of them
-//! than whoever waits needs. Payloads are received, and replies sent, in pieces of that length, so that the end of each
+//! than whoever waits needs, and one at a time for those who wait for their volume's share. Payloads are received, and replies sent, in pieces of that length, so that the end of each
 //! is seen.
 
 use std::time::Duration;
@@ -33,7 +33,7 @@ impl Connection {
 impl Shard {
     /// Closes stalled connections as far as others need their memory.
     pub(super) fn end_stalled(&mut self) {
-        if self.starved.is_empty() {
+        if self.memory.is_enough() {
             self.stall_check_at = None;
             return;
         }
@@ -50,9 +50,11 @@ impl Shard {
         let mut stalled: Vec<_> = awaited.collect();
         stalled.sort_unstable();
         let mut missing = self.missing_bytes();
+        let mut full = self.memory.full_volumes();
         for (since, id, held) in stalled {
-            if missing == 0 {
-                return;
+            let owner = self.connections.get(id.0).map(|connection| connection.owner);
+            if missing == 0 && !owner.is_some_and(|owner| full.remove(&owner)) {
+                continue;
             }
             missing = missing.saturating_sub(held);
             self.tell_stalled(id, now.since(since), held);

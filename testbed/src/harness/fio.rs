@@ -35,6 +35,22 @@ impl Fio {
         Self { options, timeout: Duration::from_secs(120) }
     }
 
+    /// Random writes of all lengths to the part from `offset` on, as long again, each read back and compared; until it is
+    /// ended, or a minute is over.
+    pub fn verifying(export: &Export, offset: &str) -> Self {
+        Self::new(export)
+            .option("rw", "randwrite")
+            .option("bsrange", "512-64k")
+            .option("offset", offset)
+            .option("size", offset)
+            .option("iodepth", 8)
+            .option("verify", "crc32c")
+            .option("verify_backlog", 64)
+            .option("verify_fatal", 1)
+            .option("serialize_overlap", 1)
+            .time_based(0, 60)
+    }
+
     /// Adds `--name=value`.
     #[must_use]
     pub fn option(mut self, name: &str, value: impl std::fmt::Display) -> Self {

@@ -51,6 +51,7 @@ impl World {
             Effect::Inquire { volume, step, .. } => {
                 self.start(site, Operation::Nothing, Answer::Inquiry { volume, step });
             }
+            Effect::Granted { .. } => unreachable!("hosts of the simulator reserve nothing"),
             Effect::Reply { volume, command, result } => self.reply(site, volume, command, result),
             Effect::Io { io, request } => self.request(site, io, request),
             Effect::Dial => {

@@ -104,6 +104,11 @@ pub enum Effect {
         /// The units to copy.
         device: ByteRange,
     },
+    /// A reserved command's turn has come: take its memory and receive its payload; then `submit_granted`.
+    Granted {
+        /// The command.
+        command: CommandId,
+    },
     /// Answer the host. The volume knows the command no longer.
     Reply {
         /// The command.

@@ -52,8 +52,11 @@ impl Volume {
             return;
         }
         self.hold = Some(Hold { until: now + patience, waiting: VecDeque::new(), bytes: 0, bytes_max });
-        let (held, stay): (VecDeque<_>, VecDeque<_>) =
-            self.queue.drain(..).partition(|(_, command)| command.changes_content());
+        let reserved = &self.reserved;
+        let (held, stay): (VecDeque<_>, VecDeque<_>) = self
+            .queue
+            .drain(..)
+            .partition(|(id, command)| command.changes_content() && !reserved.contains(id));
         self.queue = stay;
         for (id, command) in held {
             self.hold_back(now, id, command);

@@ -77,6 +77,7 @@ impl Shard {
                 Effect::Reply { command, result } => {
                     assert_eq!(self.replies.insert(command, result), None, "one reply each");
                 }
+                Effect::Granted { .. } => unreachable!("nothing is reserved"),
                 Effect::Prepare { step, device, .. }
                 | Effect::Admit { step, device, .. }
                 | Effect::Write { step, device, .. }
@@ -145,7 +146,7 @@ impl Shard {
             Effect::CopyReady { step, .. } => {
                 self.volume.copy_done(now, step);
             }
-            Effect::Reply { .. } => unreachable!(),
+            Effect::Granted { .. } | Effect::Reply { .. } => unreachable!(),
         }
         self.collect();
     }
