@@ -213,6 +213,7 @@ fn a_failover_to_before_a_resize_takes_size_and_content_back_for_good() -> Resul
         check_zeros(&pair.east, 28 * MEBIBYTE, 24 * MEBIBYTE)?;
         pair.east.run("volume resize data --size 32MiB")?;
         pair.east.wait_caught_up()?;
+        // Nor is a size in the way that was reached in this very session.
         pair.east.run("mirror switch mirror")?;
         check_zeros(&pair.west, 32 * MEBIBYTE, 24 * MEBIBYTE)?;
         pair.west.wait_caught_up()?;

@@ -240,7 +240,8 @@ impl Primary {
         volumes.map(|(index, volume)| (index, volume.size))
     }
 
-    /// Why the role cannot be given up: the target would show more than this side could after it.
+    /// Why the role cannot be given up: the target would show more than this side could after it. Every record of a size
+    /// that this process sent is known here, and what the target held before.
     pub(super) fn unfinished_growth(&self) -> Option<String> {
         if let Some(growth) = self.sizes.growth {
             return Some(format!(
@@ -321,8 +322,6 @@ pub(super) struct Room {
     have: Vec<ByteCount>,
     making: Option<(VolumeIndex, ByteCount)>,
     wishes: Vec<Wish>,
-    /// What the primary said of its sizes.
-    primary: Vec<ByteCount>,
     /// The sizes as of the committed tip, applied or not.
     recorded: Vec<ByteCount>,
     /// The last attempt failed, for so much.
@@ -387,20 +386,6 @@ impl Room {
         ByteRange::between(size.0, have.0).filter(|range| !range.is_empty())
     }
 
-    /// Why this side cannot take the role over: it would show more than its primary can after it.
-    pub(super) fn outgrows_primary(&self, settings: &MirrorSettings) -> Option<String> {
-        let sizes = settings.volumes.iter().zip(&self.recorded).zip(&self.primary);
-        let larger = |((ours, recorded), theirs): &((&super::GroupVolume, &ByteCount), &ByteCount)| {
-            ours.size.max(**recorded) > **theirs
-        };
-        let ((ours, recorded), _) = sizes.into_iter().find(larger)?;
-        let size = ours.size.max(*recorded);
-        Some(format!(
-            "the replica of volume {} is larger, after an unfinished resize or a rewind: resize that to at least {size} first",
-            ours.id
-        ))
-    }
-
     pub(super) fn holds(&self, volume: VolumeIndex, end: u64) -> bool {
         self.have.get(usize::from(volume.0)).is_some_and(|have| end <= have.0)
     }
@@ -429,7 +414,6 @@ impl Secondary {
 
     /// Whether there is room for the sizes of a hello; `Some` once that is known.
     pub(super) fn room_for(&mut self, sizes: &[ByteCount], out: &mut Outbox) -> Option<Result<(), String>> {
-        self.room.primary = sizes.to_vec();
         let Some((volume, size)) = self.room.missing(sizes) else {
             return Some(Ok(()));
         };

@@ -118,6 +118,8 @@ impl Primary {
             (!continues, "the target has not committed anything of this incarnation"),
             (self.pass.is_some() || self.gate != Gate::Open, "a resync is under way"),
             (!self.compare.is_done(), "regions must be compared"),
+            // The next process would not know of the record.
+            (self.unfinished_growth().is_some(), "a resize is not finished"),
             (!self.admission_open || self.ended_through() != self.last, "writes have not ended"),
             (self.volumes.iter().any(|volume| volume.poisoned), "a flush failed"),
             (records.any(|record| record.payload_bytes() > half), "a record is larger than half the ring"),

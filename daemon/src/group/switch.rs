@@ -251,9 +251,7 @@ impl Mirror {
             return Some("cuts cannot be applied here: look at the log of this site".to_owned());
         }
         let ours = secondary.tip().position;
-        let Some(tip) = tip else {
-            return secondary.room.outgrows_primary(&self.settings);
-        };
+        let tip = tip?;
         let whole = secondary.is_quiet() && secondary.durable.staged().is_none();
         (!whole || ours != tip.position).then(|| {
             format!("the role was given up at position {}, but the image here is at {ours}", tip.position)

@@ -94,8 +94,7 @@ impl World {
 
     fn apply_fault(&mut self, fault: Fault) {
         let boot_after = MILLISECOND * (1 + self.random.below([20, 500, 4000][self.random.clone().index(3)]));
-        let primary = self.site_in(Role::Primary);
-        let secondary = self.site_in(Role::Secondary);
+        let (primary, secondary) = (self.site_in(Role::Primary), self.site_in(Role::Secondary));
         match fault {
             Fault::KillPrimary => self.crash(primary.unwrap_or(0), false, boot_after),
             Fault::KillSecondary => self.crash(secondary.unwrap_or(1), false, boot_after),

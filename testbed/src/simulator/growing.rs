@@ -170,6 +170,14 @@ fn a_drill_keeps_the_size_of_its_point_and_a_verify_that_of_its_beginning() {
         let report = world.sites[0].group.as_ref().and_then(Group::verify_report).unwrap().clone();
         assert_eq!(report.total, BlockCount(halves.iter().sum()).bytes(), "seed {seed}");
         assert!(report.is_clean() && report.compared.0 + report.busy.0 == report.total.0, "{report:?}");
+        // What grew in this session is not in the way of a switch.
+        let begins = |world: &mut World| {
+            let begun = world.enter(0).is_some_and(|group| Group::switch(group).is_ok());
+            world.pump(0);
+            begun
+        };
+        run_until(&mut world, "a switch begins", begins);
+        run_until(&mut world, "the role has moved", |world| world.sites[1].presented);
         run_for(&mut world, 300 * MILLISECOND);
         calm(&mut world);
     }
