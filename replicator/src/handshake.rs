@@ -284,7 +284,12 @@ async fn open_session(
 /// Why an incoming connection came to nothing; told to the peer and logged.
 enum AcceptError {
     Connection(ConnectionError),
-    Refused { code: u32, reason: &'static str },
+    /// The dialer ended the opening between two frames, as one does that does not want the session any more.
+    GivenUp,
+    Refused {
+        code: u32,
+        reason: &'static str,
+    },
 }
 
 /// Takes an incoming connection up to its first control frame and hands it to the daemon.
@@ -323,6 +328,10 @@ pub(crate) async fn accept(core: &Core, incoming: Incoming) {
         Ok(()) => {}
         Err(AcceptError::Connection(error)) => {
             tracing::debug!(%remote, "replication connection lost before its first frame: {error}");
+        }
+        Err(AcceptError::GivenUp) => {
+            tracing::debug!(%remote, "the partner gave the opening of a replication session up");
+            connection.close(VarInt::from_u32(code::VIOLATION), b"the control stream ended");
         }
         Err(AcceptError::Refused { code, reason }) => {
             tracing::warn!(%remote, "replication session refused: {reason}");
@@ -389,7 +398,8 @@ async fn read_frame(
     match frames::read(stream, bytes_max).await {
         Ok(frame) => Ok(frame),
         Err(FrameError::Connection) => Err(AcceptError::Connection(connection.closed().await)),
-        Err(FrameError::Finished | FrameError::Torn) => {
+        Err(FrameError::Finished) => Err(AcceptError::GivenUp),
+        Err(FrameError::Torn) => {
             Err(AcceptError::Refused { code: code::VIOLATION, reason: "the control stream ended" })
         }
         Err(FrameError::Length { .. }) => {
