@@ -79,7 +79,7 @@ impl VerifyReport {
         ByteCount(self.differing.iter().map(|map| map.count().bytes().0).sum())
     }
 
-    /// Where the sides differ, or differed: the first [`EXTENTS_MAX`] extents.
+    /// Where the sides differ, or differed: the first `EXTENTS_MAX` extents.
     pub fn extents(&self) -> Vec<(VolumeIndex, ByteRange)> {
         let mut extents = Vec::new();
         for (index, map) in self.differing.iter().enumerate() {
