@@ -7,6 +7,7 @@ use daemon::group::{Group, MirrorPolicy, Overload, Retention, RewindTo, VerifyPr
 use protocol::Role;
 
 use super::plan::{MILLISECOND, SECOND};
+use super::scripted::run_until;
 use super::world::{Event, World};
 
 /// A calm world under load, whose volumes have half of the blocks that they may come to have.
@@ -35,18 +36,6 @@ fn half_grown(seed: u64, window: Duration) -> World {
     world.after(0, Event::Host);
     world.after(MILLISECOND, Event::Check);
     world
-}
-
-fn run_until(world: &mut World, what: &str, mut done: impl FnMut(&mut World) -> bool) {
-    while !done(world) {
-        let Some(((at, _), event)) = world.events.pop_first() else {
-            panic!("nothing happens any more: {what}")
-        };
-        world.now = at;
-        assert!(at < 300 * SECOND, "not in time: {what}: {}", world.describe());
-        world.handle(event);
-        assert_eq!(world.failure, None, "{what}");
-    }
 }
 
 fn run_for(world: &mut World, span: u64) {

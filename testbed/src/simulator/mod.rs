@@ -35,6 +35,8 @@ mod pressure;
 mod rewind;
 #[cfg(test)]
 mod rewinding;
+#[cfg(test)]
+mod scripted;
 mod site;
 #[cfg(test)]
 mod switching;

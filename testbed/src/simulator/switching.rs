@@ -5,6 +5,7 @@ use daemon::group::Group;
 use protocol::Role;
 
 use super::plan::{MILLISECOND, SECOND};
+use super::scripted::run_until;
 use super::world::{Event, World};
 
 /// What happens in the middle of the switch.
@@ -187,18 +188,6 @@ fn make_fork(world: &mut World) {
         |world: &mut World| world.sites.iter().all(|site| site.presented && site.state.epoch.0 == 2);
     run_until(world, "both sides serve hosts", promoted);
     world.network.up = true;
-}
-
-fn run_until(world: &mut World, what: &str, mut done: impl FnMut(&mut World) -> bool) {
-    while !done(world) {
-        let Some(((at, _), event)) = world.events.pop_first() else {
-            panic!("nothing happens any more: {what}")
-        };
-        world.now = at;
-        assert!(at < 300 * SECOND, "not in time: {what}: {}", world.describe());
-        world.handle(event);
-        assert_eq!(world.failure, None, "{what}");
-    }
 }
 
 #[test]
