@@ -170,6 +170,20 @@ impl Verify {
 }
 
 impl Job {
+    /// One that has read nothing yet.
+    fn new(repair_from: Option<Side>, sizes: Vec<ByteCount>) -> Self {
+        Self {
+            repair_from,
+            sizes,
+            cursor: (0, 0),
+            again: VecDeque::new(),
+            asked: BTreeMap::new(),
+            repairs: Repairs::default(),
+            wakes_at: None,
+            passes: false,
+        }
+    }
+
     /// The next piece that is due, if any; the caller takes it with [`Self::take`].
     fn peek(&self, now: Monotonic) -> Option<Piece> {
         if let Some(piece) = self.again.iter().find(|piece| piece.due <= now) {
@@ -229,16 +243,7 @@ impl Primary {
         let total = sizes.iter().map(|size| size.0).sum();
         self.verify.report =
             Some(VerifyReport::begun(repair_from, ByteCount(total), self.volumes.len(), wall));
-        self.verify.job = Some(Job {
-            repair_from,
-            sizes,
-            cursor: (0, 0),
-            again: VecDeque::new(),
-            asked: BTreeMap::new(),
-            repairs: Repairs::default(),
-            wakes_at: None,
-            passes: false,
-        });
+        self.verify.job = Some(Job::new(repair_from, sizes));
         Ok(())
     }
 
@@ -551,16 +556,7 @@ mod tests {
     use super::*;
 
     fn job(blocks: &[u64]) -> Job {
-        Job {
-            repair_from: None,
-            sizes: blocks.iter().map(|count| BlockCount(*count).bytes()).collect(),
-            cursor: (0, 0),
-            again: VecDeque::new(),
-            asked: BTreeMap::new(),
-            repairs: Repairs::default(),
-            wakes_at: None,
-            passes: false,
-        }
+        Job::new(None, blocks.iter().map(|count| BlockCount(*count).bytes()).collect())
     }
 
     fn blocks(first: u64, count: u64) -> ByteRange {

@@ -116,11 +116,6 @@ impl Connection {
         self.output.is_flushed()
     }
 
-    /// Memory of requests that it holds.
-    pub(super) const fn held_bytes(&self) -> usize {
-        self.bytes
-    }
-
     /// The command that waits for nothing but memory.
     pub(super) fn wants_memory(&self) -> Option<HostCommand> {
         let waiting = self.waiting.as_ref()?;

@@ -21,7 +21,7 @@ const CHECK_PAUSE: Duration = Duration::from_secs(1);
 impl Connection {
     /// Since when its host has been to move the next piece, if it is its host's turn and it holds memory.
     fn awaited_since(&self) -> Option<Monotonic> {
-        if self.closed || self.held_bytes() == 0 {
+        if self.closed || self.bytes == 0 {
             return None;
         }
         let payload = self.arriving.as_ref().map(|arriving| arriving.since);
@@ -45,7 +45,7 @@ impl Shard {
         let stall = self.limits.stall;
         let awaited = self.connections.iter().filter_map(|(place, connection)| {
             let since = connection.awaited_since().filter(|since| now.since(*since) >= stall)?;
-            Some((since, ConnectionId(place), connection.held_bytes()))
+            Some((since, ConnectionId(place), connection.bytes))
         });
         let mut stalled: Vec<_> = awaited.collect();
         stalled.sort_unstable();
